@@ -1,0 +1,1 @@
+"""Configurations: numbers, cost and expected result; no logic."""

@@ -1,0 +1,1 @@
+"""Command-line experiments; each file is one `python -m experiments.NAME`."""

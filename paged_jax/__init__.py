@@ -1,0 +1,13 @@
+"""paged_jax: paged attention for JAX."""
+
+from paged_jax.cache.invariants import check_invariants as check_invariants
+from paged_jax.cache.page_table import PageTable as PageTable
+from paged_jax.cache.page_table import advance as advance
+from paged_jax.cache.page_table import create_page_table as create_page_table
+from paged_jax.cache.page_table import release as release
+from paged_jax.cache.page_table import reserve as reserve
+from paged_jax.cache.page_table import slot_mapping as slot_mapping
+from paged_jax.ops.api import paged_attention as paged_attention
+from paged_jax.ops.api import plan_attention as plan_attention
+from paged_jax.ops.plan import AttentionPlan as AttentionPlan
+from paged_jax.ops.write_kv import write_kv as write_kv

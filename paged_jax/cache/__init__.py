@@ -1,0 +1,1 @@
+"""Page table -> slots -> pool, in pure arrays."""
