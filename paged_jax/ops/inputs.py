@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-_FLOATS = ("bfloat16", "float16", "float32", "float64")
+FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 @jax.tree_util.register_dataclass
@@ -116,14 +116,14 @@ def normalise(
 
   Args and Raises: see `paged_jax.ops.api.paged_attention`.
   """
-  query = as_array("query", query, ("T", "N", "H"), _FLOATS)
+  query = as_array("query", query, ("T", "N", "H"), FLOATS)
   num_tokens, num_heads, head_dim = query.shape
-  k_pages, layer = _pool("k_pages", k_pages, layer)
+  k_pages, at_layer = as_pool("k_pages", k_pages, layer)
   one_pool = v_pages is None
   if one_pool:
     v_pages = k_pages
   else:
-    v_pages, _ = _pool("v_pages", v_pages, layer)
+    v_pages, _ = as_pool("v_pages", v_pages, layer)
     if v_pages.shape != k_pages.shape:
       raise ValueError(
         f"v_pages has shape {v_pages.shape} but k_pages has {k_pages.shape}: "
@@ -135,6 +135,8 @@ def normalise(
         f"{name} has dtype {pool.dtype} but query has {query.dtype}: cast the "
         "query, or allocate the pool in the query's dtype"
       )
+  if at_layer is None:
+    k_pages, v_pages, at_layer = k_pages[None], v_pages[None], jnp.int32(0)
   _, num_pages, num_kv_heads, page_size, pool_dim = k_pages.shape
   if pool_dim != head_dim:
     raise ValueError(
@@ -183,7 +185,7 @@ def normalise(
     _check_int("max_query_length", max_query_length, 1)
     max_query_length = min(int(max_query_length), max(num_tokens, 1))
   if sinks is not None:
-    sinks = as_array("sinks", sinks, ("N",), _FLOATS)
+    sinks = as_array("sinks", sinks, ("N",), FLOATS)
     if sinks.shape[0] != num_heads:
       raise ValueError(
         f"sinks has {sinks.shape[0]} entries but query has N={num_heads} "
@@ -207,7 +209,7 @@ def normalise(
     v_table=v_table,
     lengths=lengths,
     query_starts=query_starts,
-    layer=layer,
+    layer=at_layer,
     sinks=sinks,
     scale=_positive("scale", scale) if scale is not None else head_dim**-0.5,
     causal=bool(causal),
@@ -240,6 +242,30 @@ def as_array(
       f"{name} has dtype {value.dtype}: cast it to one of {', '.join(dtypes)}"
     )
   return jnp.asarray(value)
+
+
+def as_pool(
+  name: str, pool: Any, layer: Any
+) -> tuple[Array, Int[Array, ""] | None]:
+  """Checks one pool and its layer; returns both, layer None for a 4-D pool."""
+  stacked = getattr(pool, "ndim", None) == 5
+  axes = ("L", "P", "K", "p", "H") if stacked else ("P", "K", "p", "H")
+  pool = as_array(name, pool, axes, FLOATS)
+  if 0 in pool.shape:
+    raise ValueError(
+      f"{name} has shape {pool.shape}: every axis needs at least 1"
+    )
+  if stacked and layer is None:
+    raise ValueError(
+      f"layer is missing for {name} of shape {pool.shape}: pass the layer's "
+      "index, an int or a traced scalar"
+    )
+  if not stacked and layer is not None:
+    raise ValueError(
+      f"layer is {layer!r} but {name} has one layer, shape {pool.shape}: drop "
+      "layer or pass a pool [L, P, K, p, H]"
+    )
+  return pool, as_layer(layer, pool.shape[0]) if stacked else None
 
 
 def as_layer(layer: Any, num_layers: int) -> Int[Array, ""]:
@@ -275,38 +301,6 @@ def check_addressable(num_pages: int, page_size: int) -> None:
 def is_concrete(*arrays: Any) -> bool:
   """Whether all arrays hold values now, that is, outside of any trace."""
   return not any(isinstance(x, core.Tracer) for x in arrays)
-
-
-def _pool(name, pool, layer):
-  rank = getattr(pool, "ndim", None)
-  if rank == 4:
-    if layer is not None and not _is_zero(layer):
-      raise ValueError(
-        f"layer is {layer!r} but {name} has one layer, shape "
-        f"{tuple(pool.shape)}: drop layer or pass a pool [L, P, K, p, H]"
-      )
-    pool = as_array(name, pool, ("P", "K", "p", "H"), _FLOATS)[None]
-    layer = jnp.int32(0)
-  elif rank == 5:
-    pool = as_array(name, pool, ("L", "P", "K", "p", "H"), _FLOATS)
-    if layer is None:
-      raise ValueError(
-        f"layer is missing for {name} of shape {tuple(pool.shape)}: pass the "
-        "layer's index, an int or a traced scalar"
-      )
-    layer = as_layer(layer, pool.shape[0])
-  else:
-    pool = as_array(name, pool, ("P", "K", "p", "H"), _FLOATS)
-  if 0 in pool.shape:
-    raise ValueError(
-      f"{name} has shape {tuple(pool.shape)}: every axis needs at least 1"
-    )
-  return pool, layer
-
-
-def _is_zero(layer):
-  # normalise() hands the int32 zero of a 4-D k_pages on to a 4-D v_pages.
-  return is_concrete(layer) and not isinstance(layer, bool) and layer == 0
 
 
 def _tables(page_table, one_pool):

@@ -45,6 +45,8 @@ def attend(
     start, end = inputs.query_starts[b], inputs.query_starts[b + 1]
     length = inputs.lengths[b]
     live = positions < length
+    if inputs.window is not None:  # slots before the first window are dead
+      live &= positions > length - (end - start) - inputs.window
     k = gather(inputs.k_pages, inputs.k_table[b], live)
     v = gather(inputs.v_pages, inputs.v_table[b], live)
 

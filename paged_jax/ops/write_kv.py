@@ -14,8 +14,6 @@ from jaxtyping import Array, Float, Int
 
 from paged_jax.ops import inputs as inputs_lib
 
-_FLOATS = ("bfloat16", "float16", "float32", "float64")
-
 
 def write_kv(
   k_pages: Float[Array, "*L P K p H"],
@@ -46,9 +44,9 @@ def write_kv(
   Raises:
     ValueError: an argument's rank, dtype or size does not fit; names it.
   """
-  k_pages, stacked, layer_index = _pool("k_pages", k_pages, layer)
+  k_pages, at_layer = inputs_lib.as_pool("k_pages", k_pages, layer)
   if v_pages is not None:
-    v_pages, _, _ = _pool("v_pages", v_pages, layer)
+    v_pages, _ = inputs_lib.as_pool("v_pages", v_pages, layer)
     if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
       raise ValueError(
         f"v_pages is {v_pages.dtype}{v_pages.shape} but k_pages is "
@@ -58,7 +56,7 @@ def write_kv(
   *_, num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
   inputs_lib.check_addressable(num_pages, page_size)
   for name, rows in (("k", k), ("v", v)):
-    rows = inputs_lib.as_array(name, rows, ("T", "K", "H"), _FLOATS)
+    rows = inputs_lib.as_array(name, rows, ("T", "K", "H"), inputs_lib.FLOATS)
     if rows.shape[1:] != (num_kv_heads, head_dim):
       raise ValueError(
         f"{name} has shape {rows.shape} but the pool has K={num_kv_heads}, "
@@ -80,32 +78,13 @@ def write_kv(
     inside = (slots >= 0) & (slots < num_pages * page_size)
     page = jnp.where(inside, slots // page_size, num_pages)
     offset = jnp.where(inside, slots % page_size, 0)
-    at = (layer_index,) if stacked else ()
+    at = () if at_layer is None else (at_layer,)
     return pool.at[*at, page, :, offset].set(rows, mode="drop")
 
   k_pages = put(k_pages, k, k_slots)
   if v_pages is None:
     return put(k_pages, v, v_slots), None
   return k_pages, put(v_pages, v, v_slots)
-
-
-def _pool(name: str, pool: Any, layer: Any):
-  stacked = getattr(pool, "ndim", None) == 5
-  axes = ("L", "P", "K", "p", "H") if stacked else ("P", "K", "p", "H")
-  pool = inputs_lib.as_array(name, pool, axes, _FLOATS)
-  if not stacked:
-    if layer is not None:
-      raise ValueError(
-        f"layer is {layer!r} but {name} has one layer, shape {pool.shape}: "
-        "drop layer or pass a pool [L, P, K, p, H]"
-      )
-    return pool, False, None
-  if layer is None:
-    raise ValueError(
-      f"layer is missing for {name} of shape {pool.shape}: pass the layer's "
-      "index, an int or a traced scalar"
-    )
-  return pool, True, inputs_lib.as_layer(layer, pool.shape[0])
 
 
 def _slots(slots: Any, num_tokens: int, one_pool: bool):

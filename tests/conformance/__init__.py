@@ -1,0 +1,1 @@
+"""One suite of attention tests that every implementation inherits."""
