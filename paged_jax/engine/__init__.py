@@ -1,0 +1,1 @@
+"""The generation engine: steps, sampling, the loop."""

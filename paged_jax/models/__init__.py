@@ -1,0 +1,1 @@
+"""The flax transformer: weights in, cache passed in and returned."""

@@ -1,0 +1,156 @@
+"""One step of a model over a page table: which tokens go where.
+
+    table --reserve--> slots --advance--> lengths, pages --plan--> Step
+
+A `Step` is all that the layers need besides weights, tokens and the cache. It
+is made once and shared by all of them. The layer writes K and V to `slots`
+before it attends, so the table may advance first: slots are taken before.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from paged_jax.cache import page_table as page_table_lib
+from paged_jax.cache.page_table import PageTable
+from paged_jax.models.attention import AttentionConfig
+from paged_jax.ops import api
+from paged_jax.ops.plan import AttentionPlan
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+  """Where the T packed tokens of one step sit."""
+
+  positions: Int[Array, "T"]  # of each token in its sequence
+  slots: Int[Array, "T"] | Int[Array, "2 T"]  # in the pool; null = P * p
+  query_starts: Int[Array, "B+1"] | None  # None: decode, one token a row
+  lengths: Int[Array, "B"]  # KV tokens, the new ones included
+  page_table: Int[Array, "B M"] | Int[Array, "B 2 M"]
+  plan: AttentionPlan | None
+  # No row has more tokens in this step; None for decode.
+  max_query_length: int | None = dataclasses.field(
+    default=None, metadata=dict(static=True)
+  )
+  implementation: str | None = dataclasses.field(
+    default=None, metadata=dict(static=True)
+  )
+  interpret: bool | None = dataclasses.field(
+    default=None, metadata=dict(static=True)
+  )
+
+
+def prefill_step(
+  table: PageTable,
+  num_tokens: Int[Array, "B"],
+  config: AttentionConfig,
+  *,
+  total: int,
+  implementation: str | None = None,
+  interpret: bool | None = None,
+) -> tuple[PageTable, Step, Bool[Array, "B"]]:
+  """Reserves and maps `num_tokens[b]` new tokens of each row, packed.
+
+  Args:
+    table: the table.
+    num_tokens: int32 [B], new tokens a row, 0 for rows that sit out; their sum
+      at most `total`.
+    config: the attention geometry, for the plan.
+    total: T, static number of packed tokens; those beyond the sum are idle.
+    implementation: as in `paged_attention`.
+    interpret: as in `paged_attention`.
+
+  Returns:
+    (table, step, ok): the advanced table, and ok [B], whether the row got its
+    pages. The tokens of a row that did not are idle: nothing is written.
+  """
+  reserved, ok = page_table_lib.reserve(table, num_tokens)
+  slots = page_table_lib.slot_mapping(reserved, num_tokens, total)
+  advanced = page_table_lib.advance(reserved, num_tokens)
+  starts = jnp.cumulative_sum(num_tokens, include_initial=True)
+  starts = starts.astype(jnp.int32)
+  token = jnp.arange(total, dtype=jnp.int32)
+  row = jnp.searchsorted(starts[1:], token, side="right")
+  row = jnp.minimum(row, table.num_sequences - 1)
+  step = _step(
+    advanced,
+    config,
+    positions=table.lengths[row] + token - starts[row],
+    slots=slots,
+    query_starts=starts,
+    # A row without its new tokens must not attend as if it had them.
+    lengths=jnp.where(ok, advanced.lengths, 0),
+    max_query_length=total,
+    implementation=implementation,
+    interpret=interpret,
+  )
+  return advanced, step, ok
+
+
+def decode_step(
+  table: PageTable,
+  active: Bool[Array, "B"],
+  config: AttentionConfig,
+  *,
+  implementation: str | None = None,
+  interpret: bool | None = None,
+) -> tuple[PageTable, Step, Bool[Array, "B"]]:
+  """Reserves and maps one new token of each active row; T == B.
+
+  Args:
+    table: the table.
+    active: bool [B]; the tokens of other rows are idle.
+    config: the attention geometry, for the plan.
+    implementation: as in `paged_attention`.
+    interpret: as in `paged_attention`.
+
+  Returns:
+    (table, step, ok): the advanced table, and ok [B], whether the row is
+    active and got its page.
+  """
+  reserved, ok = page_table_lib.reserve(table, active.astype(jnp.int32))
+  ok &= active
+  # Token b is row b's even where rows sit out, so all rows are mapped, and
+  # idle ones sent to the null slot.
+  ones = jnp.ones_like(table.lengths)
+  slots = page_table_lib.slot_mapping(reserved, ones, table.num_sequences)
+  slots = jnp.where(ok, slots, table.null * table.page_size)
+  advanced = page_table_lib.advance(reserved, ok.astype(jnp.int32))
+  step = _step(
+    advanced,
+    config,
+    positions=table.lengths,
+    slots=slots,
+    query_starts=None,
+    lengths=jnp.where(ok, advanced.lengths, 0),
+    max_query_length=None,
+    implementation=implementation,
+    interpret=interpret,
+  )
+  return advanced, step, ok
+
+
+def _step(table, config, *, query_starts, lengths, **fields):
+  plan = api.plan_attention(
+    table.pages,
+    lengths,
+    query_starts,
+    num_heads=config.num_heads,
+    num_kv_heads=config.num_kv_heads,
+    head_dim=config.head_dim,
+    page_size=table.page_size,
+    dtype=config.dtype,
+    max_query_length=fields["max_query_length"],
+    window=config.window,
+    implementation=fields["implementation"],
+  )
+  return Step(
+    query_starts=query_starts,
+    lengths=lengths,
+    page_table=table.pages,
+    plan=plan,
+    **fields,
+  )
