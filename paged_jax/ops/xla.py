@@ -1,0 +1,254 @@
+"""Paged attention in plain jnp: blockwise online softmax over a tile list.
+
+The work is cut into segments, a block of `rows` query tokens of one sequence,
+and each segment's keys into tiles of a few pages. Tiles of all segments form
+one flat list; W lanes walk it, each an equal and contiguous share, and a tile
+per lane and iteration is gathered from the pool and folded in:
+
+    segments      0 0 0 0 0 1 2 2 2 2 2 2 3         tiles of ragged lengths
+    lanes (W=3)   0 0 0 0 0|1 1 1 1 1|2 2 2         ceil(13 / 3) iterations
+
+    m' = max(m, s)                            s: the tile's logits
+    l' = l e^(m - m') + sum e^(s - m')
+    o' = o e^(m - m') + e^(s - m') v          out = o / l, lse = m + log l
+
+So time follows the live tokens, not B * M * p, one long row among short ones
+is shared by all lanes, and no more than W tiles are ever gathered at a time.
+Segment s in lane w keeps (m, l, o) in row w + s, which no other pair has: the
+rows of a segment are neighbours, and are merged pairwise at the end.
+
+Sequences with one query token get segments of one row, all others of
+`_block_rows`: decode rows in a mixed batch do not pay for prefill's blocks.
+"""
+
+import dataclasses
+from typing import Any
+
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from paged_jax.ops.inputs import Inputs
+
+
+def attend(
+  inputs: Inputs, *, plan: Any = None, interpret: bool = False
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+  """Returns the attention output and the natural-log LSE of every token."""
+  del plan, interpret  # Plain jnp: nothing to plan, nothing to interpret.
+  T, N, H = inputs.query.shape
+  dtype = inputs.accumulator_dtype
+  out = jnp.zeros((T, N, H), inputs.query.dtype)
+  lse = jnp.full((T, N), -jnp.inf, dtype)
+  if 0 in (T, inputs.num_sequences):
+    return out, lse
+  starts = jnp.clip(inputs.query_starts, 0, T)
+  counts = starts[1:] - starts[:-1]  # query tokens of each sequence
+  if inputs.max_query_length > 1:
+    rows = _block_rows(inputs)
+    blocks = _blocks(inputs, starts, jnp.where(counts > 1, counts, 0), rows)
+    block_out, block_lse = _segments(inputs, blocks, rows)
+    # Token t is row t - starts[b] of its sequence's blocks.
+    token = jnp.arange(T)
+    b = jnp.sum(starts[1:] <= token[:, None], axis=-1)
+    mine = b < inputs.num_sequences
+    b = jnp.minimum(b, inputs.num_sequences - 1)
+    mine &= counts[b] > 1
+    j = token - starts[b]
+    first = jnp.searchsorted(blocks.sequence, b, method="compare_all")
+    at = (first + j // rows, j % rows)
+    out = jnp.where(mine[:, None, None], block_out[at], 0)
+    lse = jnp.where(mine[:, None], block_lse[at], -jnp.inf)
+  single = _Segments(
+    sequence=jnp.arange(inputs.num_sequences),
+    start=starts[:-1],
+    count=jnp.where(counts == 1, 1, 0),
+    end=starts[1:],
+  )
+  one_out, one_lse = _segments(inputs, single, 1)
+  if inputs.decode:
+    return one_out[:, 0], one_lse[:, 0]
+  at = jnp.where(counts == 1, starts[:-1], T)
+  out = out.at[at].set(one_out[:, 0], mode="drop")
+  return out, lse.at[at].set(one_lse[:, 0], mode="drop")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Segments:
+  """S blocks of query tokens, each of one sequence."""
+
+  sequence: Int[Array, "S"]  # b, never falling
+  start: Int[Array, "S"]  # first query token
+  count: Int[Array, "S"]  # query tokens; 0 = nothing to do
+  end: Int[Array, "S"]  # query_starts[b + 1]
+
+
+def _block_rows(inputs: Inputs) -> int:
+  """Query tokens a segment: some 256 rows of a matrix product with G."""
+  rows = max(1, 256 // inputs.group_size)
+  return min(rows, inputs.max_query_length)
+
+
+def _blocks(inputs, starts, counts, rows) -> _Segments:
+  """Cuts sequences into blocks of `rows` query tokens."""
+  T, B = inputs.num_tokens, inputs.num_sequences
+  per_sequence = -(-inputs.max_query_length // rows)
+  size = min(B * per_sequence, (T + B * (rows - 1)) // rows)
+  blocks = (counts + rows - 1) // rows
+  ends = jnp.cumsum(blocks)
+  s = jnp.arange(size)
+  b = jnp.sum(ends <= s[:, None], axis=-1)
+  live = b < B
+  clipped = jnp.minimum(b, B - 1)
+  done = (s - (ends - blocks)[clipped]) * rows  # tokens in earlier blocks
+  return _Segments(
+    sequence=b,
+    start=starts[clipped] + done,
+    count=jnp.where(live, jnp.clip(counts[clipped] - done, 0, rows), 0),
+    end=starts[clipped + 1],
+  )
+
+
+def _tiling(inputs: Inputs, rows: int, segments: int) -> tuple[int, int]:
+  """Returns (pages a tile, lanes)."""
+  p, M = inputs.page_size, inputs.max_pages
+  pages = min(max(1, 256 // p), M)
+  tiles = segments * -(-M // pages)
+  if rows > 1:
+    return pages, 1
+  return pages, min(8, tiles)
+
+
+def _segments(inputs, segments, rows):
+  """Attention of S segments: out [S, rows, N, H], lse [S, rows, N]."""
+  K, G, H = inputs.num_kv_heads, inputs.group_size, inputs.head_dim
+  p, P, M = inputs.page_size, inputs.num_pages, inputs.max_pages
+  T, S = inputs.num_tokens, segments.sequence.shape[0]
+  dtype = inputs.accumulator_dtype
+  c, W = _tiling(inputs, rows, S)
+
+  sequence = jnp.minimum(segments.sequence, inputs.num_sequences - 1)
+  token = segments.start[:, None] + jnp.arange(rows)
+  query = inputs.query[jnp.minimum(token, T - 1)].astype(dtype)
+  query = query.reshape(S, rows, K, G, H).transpose(0, 2, 1, 3, 4)
+  query = query.reshape(S, K, rows * G, H)
+  length = inputs.lengths[sequence]
+  # Position of the segment's first query, and the keys any of its rows sees.
+  at = length - (segments.end - segments.start)
+  low, high = jnp.zeros_like(at), length
+  if inputs.causal:
+    high = jnp.minimum(high, at + segments.count)
+  if inputs.window is not None:
+    low = jnp.maximum(low, at - inputs.window + 1)
+  page = low // p
+  some = (segments.count > 0) & (high > low)
+  tiles = jnp.where(some, -(-(high - page * p) // (c * p)), 0)
+  ends = jnp.cumsum(tiles)
+  firsts, total = ends - tiles, ends[-1]
+  share = (total + W - 1) // W  # tiles a lane
+  lane = jnp.arange(W)
+  k_table = jnp.clip(inputs.k_table, 0, P - 1)
+  v_table = jnp.clip(inputs.v_table, 0, P - 1)
+  heads = jnp.arange(K)[:, None]
+
+  def gather(pool, table, b, columns):  # -> [W, K, c * p, H]
+    pages = table[b[:, None], columns]
+    tile = pool.at[inputs.layer, pages[:, None], heads].get(
+      mode="promise_in_bounds"
+    )
+    return tile.reshape(W, K, c * p, H).astype(dtype)
+
+  def one_tile(i, state):
+    tile = lane * share + i
+    s = jnp.sum(ends <= tile[:, None], axis=-1)
+    s = jnp.minimum(s, S - 1)
+    b = sequence[s]
+    column = page[s] + (tile - firsts[s]) * c
+    columns = jnp.minimum(column[:, None] + jnp.arange(c), M - 1)
+    position = (column * p)[:, None] + jnp.arange(c * p)
+    live = (position >= low[s][:, None]) & (position < high[s][:, None])
+    live &= (tile < total)[:, None]
+    k = gather(inputs.k_pages, k_table, b, columns)
+    v = gather(inputs.v_pages, v_table, b, columns)
+    # A dead slot may hold NaN, and 0 * NaN is NaN.
+    v = jnp.where(live[:, None, :, None], v, 0)
+    logits = inputs.scale * jnp.einsum(
+      "wkrh,wksh->wkrs", query[s], k, precision="highest"
+    )
+    if inputs.soft_cap is not None:
+      logits = inputs.soft_cap * jnp.tanh(logits / inputs.soft_cap)
+    mask = live[:, None]
+    if rows > 1:
+      here = at[s][:, None] + jnp.arange(rows)  # the queries' positions
+      mask = mask & (here >= 0)[..., None]
+      if inputs.causal:
+        mask &= position[:, None] <= here[..., None]
+      if inputs.window is not None:
+        mask &= position[:, None] > here[..., None] - inputs.window
+    mask = jnp.repeat(mask, G, axis=1)[:, None] if rows > 1 else mask[:, None]
+    logits = jnp.where(mask, logits, -jnp.inf)
+    row = lane + s
+    m, l, o = (x[row] for x in state)
+    new_m = jnp.maximum(m, logits.max(axis=-1))
+    safe = jnp.where(jnp.isneginf(new_m), 0, new_m)
+    weights = jnp.exp(logits - safe[..., None])
+    decay = jnp.exp(m - safe)
+    l = l * decay + weights.sum(axis=-1)
+    o = o * decay[..., None] + jnp.einsum(
+      "wkrs,wksh->wkrh", weights, v, precision="highest"
+    )
+    return tuple(x.at[row].set(y) for x, y in zip(state, (new_m, l, o)))
+
+  shape = (W + S - 1, K, rows * G)
+  state = (
+    jnp.full(shape, -jnp.inf, dtype),
+    jnp.zeros(shape, dtype),
+    jnp.zeros((*shape, H), dtype),
+  )
+  state = lax.fori_loop(0, share, one_tile, state)
+  first_row = firsts // jnp.maximum(share, 1) + jnp.arange(S)
+  last_row = (
+    jnp.maximum(ends - 1, firsts) // jnp.maximum(share, 1) + jnp.arange(S)
+  )
+  if W > 1:
+    state = _merge_rows(state, first_row, last_row)
+  m, l, o = (x[first_row] for x in state)
+  if inputs.sinks is not None:
+    sink = jnp.tile(inputs.sinks.reshape(K, G), (1, rows))
+    new_m = jnp.maximum(m, sink)
+    safe = jnp.where(jnp.isneginf(new_m), 0, new_m)
+    decay = jnp.exp(m - safe)
+    l = l * decay + jnp.exp(sink - safe)
+    o, m = o * decay[..., None], new_m
+  out = o / jnp.where(l == 0, 1, l)[..., None]
+  lse = jnp.where(jnp.isneginf(m), 0, m) + jnp.log(l)
+  out = out.astype(inputs.query.dtype).reshape(S, K, rows, G, H)
+  out = out.transpose(0, 2, 1, 3, 4).reshape(S, rows, K * G, H)
+  lse = lse.reshape(S, K, rows, G).transpose(0, 2, 1, 3)
+  return out, lse.reshape(S, rows, K * G)
+
+
+def _merge_rows(state, first_row, last_row):
+  """Folds rows first..last of each segment into row first, pair by pair."""
+  R = state[0].shape[0]
+  r = jnp.arange(R)
+  owner = jnp.sum(first_row <= r[:, None], axis=-1) - 1
+  last = last_row[jnp.maximum(owner, 0)]
+
+  def one_level(carry):
+    step, (m, l, o) = carry
+    other = jnp.minimum(r + step, R - 1)
+    same = (r + step <= last)[:, None, None]
+    other_m = jnp.where(same, m[other], -jnp.inf)
+    new_m = jnp.maximum(m, other_m)
+    safe = jnp.where(jnp.isneginf(new_m), 0, new_m)
+    mine, theirs = jnp.exp(m - safe), jnp.exp(other_m - safe)
+    l = l * mine + l[other] * theirs
+    o = o * mine[..., None] + o[other] * theirs[..., None]
+    return 2 * step, (new_m, l, o)
+
+  most = jnp.max(last_row - first_row) + 1  # rows of the most divided segment
+  _, state = lax.while_loop(
+    lambda carry: carry[0] < most, one_level, (jnp.int32(1), state)
+  )
+  return state
