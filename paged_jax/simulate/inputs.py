@@ -123,7 +123,8 @@ def golden(inputs: Inputs, group: int = 1) -> Float[np.ndarray, "B N H"]:
     if not maxima:
       continue
     weights = np.exp(np.stack(maxima) - np.max(maxima, axis=0))
-    total = (weights * np.stack(outs)).sum(0) / (weights * np.stack(sums)).sum(0)
+    total = (weights * np.stack(outs)).sum(0)
+    total /= (weights * np.stack(sums)).sum(0)
     out[row] = total.reshape(heads, head_dim)
   return out
 
@@ -189,8 +190,8 @@ def compare(
   match = error <= bound
   problem = ""
   if not match.all():
-    ratio = np.where(np.isnan(error), np.inf, error / bound)
-    at = np.unravel_index(int(ratio.argmax()), out.shape)
+    excess = np.where(np.isnan(error), np.inf, error - bound)
+    at = np.unravel_index(int(excess.argmax()), out.shape)
     where = ", ".join(map(str, map(int, at)))
     problem = (
       f"worst [{where}]: got {out[at]:.6g}, want {want[at]:.6g}, "
