@@ -1,5 +1,15 @@
-"""paged_jax: paged attention for JAX."""
+"""paged_jax: paged attention for JAX.
 
+    table, ok = reserve(table, num_tokens)            pages for the new tokens
+    slots = slot_mapping(table, num_tokens, total)    where they go
+    pools = write_kv(*pools, k, v, slots)             put them there
+    table = advance(table, num_tokens)                they count from now on
+    out = paged_attention(query, *pools, table.pages, table.lengths)
+"""
+
+from paged_jax.cache.fork import copy_on_write as copy_on_write
+from paged_jax.cache.fork import copy_pages as copy_pages
+from paged_jax.cache.fork import fork as fork
 from paged_jax.cache.invariants import check_invariants as check_invariants
 from paged_jax.cache.page_table import PageTable as PageTable
 from paged_jax.cache.page_table import advance as advance

@@ -10,6 +10,7 @@ reserve -> slot_mapping -> write_kv -> advance -> paged_attention.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def reserve(
   Raises:
     ValueError: num_tokens is not int32 [B].
   """
-  num_tokens = _per_row("num_tokens", num_tokens, table, jnp.int32)
+  num_tokens = per_row("num_tokens", num_tokens, table, jnp.int32)
   p, P, M = table.page_size, table.num_pages, table.max_pages
   have = table.capacities // p
   fits = (num_tokens >= 0) & (num_tokens <= M * p - table.lengths)
@@ -143,15 +144,10 @@ def reserve(
   kinds = 2 if table.combined else 1  # a column is one page, or one K, one V
   need = kinds * columns
   served = jnp.cumsum(need)
-  free = table.ref_counts == 0
-  ok = fits & ((need == 0) | (served <= jnp.sum(free)))
+  ok = fits & ((need == 0) | (served <= table.num_free))
   granted = jnp.where(ok, columns, 0)
 
-  rank = jnp.cumsum(free) - 1  # a free page's place in the queue
-  queue = jnp.full((P,), P, jnp.int32)
-  queue = queue.at[jnp.where(free, rank, P)].set(
-    jnp.arange(P, dtype=jnp.int32), mode="drop"
-  )
+  queue, rank = free_queue(table)
   column = jnp.arange(M) - have[:, None]  # 0 at a row's first null
   new = (column >= 0) & (column < granted[:, None])
   place = (served - need)[:, None] + kinds * column
@@ -160,7 +156,7 @@ def reserve(
     place = place[:, None] + jnp.arange(2)[:, None]
   pages = jnp.where(new, queue[jnp.clip(place, 0, P - 1)], table.pages)
   taken = jnp.sum(kinds * granted)
-  ref_counts = jnp.where(free & (rank < taken), 1, table.ref_counts)
+  ref_counts = jnp.where(rank < taken, 1, table.ref_counts)
   return (
     dataclasses.replace(table, pages=pages, ref_counts=ref_counts),
     ok,
@@ -188,7 +184,7 @@ def slot_mapping(
   Raises:
     ValueError: num_tokens is not int32 [B], or total is not a positive int.
   """
-  num_tokens = _per_row("num_tokens", num_tokens, table, jnp.int32)
+  num_tokens = per_row("num_tokens", num_tokens, table, jnp.int32)
   if isinstance(total, bool) or not isinstance(total, int) or total < 1:
     raise ValueError(
       f"total is {total!r}: pass the static number of packed tokens, an int "
@@ -227,7 +223,7 @@ def advance(table: PageTable, num_tokens: Int[Array, "B"]) -> PageTable:
   Raises:
     ValueError: num_tokens is not int32 [B].
   """
-  num_tokens = _per_row("num_tokens", num_tokens, table, jnp.int32)
+  num_tokens = per_row("num_tokens", num_tokens, table, jnp.int32)
   held = (num_tokens >= 0) & (num_tokens <= table.capacities - table.lengths)
   lengths = table.lengths + jnp.where(held, num_tokens, 0)
   return dataclasses.replace(table, lengths=lengths)
@@ -246,7 +242,7 @@ def release(table: PageTable, rows: Bool[Array, "B"]) -> PageTable:
   Raises:
     ValueError: rows is not bool [B].
   """
-  rows = _per_row("rows", rows, table, jnp.bool_)
+  rows = per_row("rows", rows, table, jnp.bool_)
   chosen = rows.reshape((-1,) + (1,) * (table.pages.ndim - 1))
   leaving = jnp.where(chosen, table.pages, table.null)
   ref_counts = table.ref_counts.at[leaving].add(-1, mode="drop")
@@ -258,7 +254,28 @@ def release(table: PageTable, rows: Bool[Array, "B"]) -> PageTable:
   )
 
 
-def _per_row(name, value, table, dtype):
+def free_queue(
+  table: PageTable,
+) -> tuple[Int[Array, "P"], Int[Array, "P"]]:
+  """Returns the free pages in the order they are served, and each page's rank.
+
+  Args:
+    table: the table.
+
+  Returns:
+    queue [P]: free page ids, rising, then nulls; rank [P]: a free page's place
+    in the queue, P for an owned page.
+  """
+  P = table.num_pages
+  free = table.ref_counts == 0
+  rank = jnp.where(free, jnp.cumsum(free, dtype=jnp.int32) - 1, P)
+  queue = jnp.full((P,), P, jnp.int32)
+  queue = queue.at[rank].set(jnp.arange(P, dtype=jnp.int32), mode="drop")
+  return queue, rank
+
+
+def per_row(name: str, value: Any, table: PageTable, dtype: Any) -> Array:
+  """Returns `value` as an array [B] of `dtype`, or raises ValueError."""
   value = jnp.asarray(value)
   if value.shape != (table.num_sequences,):
     raise ValueError(
