@@ -150,7 +150,7 @@ def test_copy_on_write_fails_in_an_exhausted_pool():
   same(after, table)
 
 
-def test_a_whole_step_compiles_once_and_runs_under_scan_and_vmap():
+def test_a_whole_step_compiles_once_and_runs_in_vmap_and_scan():
   def step(table, num_tokens):
     table, ok = paged_jax.reserve(table, num_tokens)
     slots = paged_jax.slot_mapping(table, num_tokens, 8)
