@@ -5,6 +5,9 @@ is here, so that a change in jax, or the end of a dialect, costs one file.
 
 Triton half: `triton_call` launches a kernel, `load` and `store` are its masked
 accesses, `dot` its matrix product.
+
+Mosaic half: `mosaic` is the dialect, `mosaic_call` launches a kernel,
+`matmul` and `matmul_add` are its tensor-core products.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +16,7 @@ from typing import Any
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as mosaic
 from jax.experimental.pallas import triton as plt
 import jax.numpy as jnp
 
@@ -53,9 +57,13 @@ def triton_call(
   )
 
 
-def load(ref: Any, mask: jax.Array) -> jax.Array:
-  """Loads `ref`, an indexed view; masked-out elements are 0 and not read."""
-  return plt.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
+def load(
+  ref: Any, mask: jax.Array | None = None, other: float = 0
+) -> jax.Array:
+  """Loads `ref`, an indexed view; masked-out elements are `other`, unread."""
+  if mask is None:
+    return plt.load(ref)
+  return plt.load(ref, mask=mask, other=jnp.array(other, ref.dtype))
 
 
 def store(ref: Any, value: jax.Array, mask: jax.Array) -> None:
@@ -75,4 +83,86 @@ def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:
     (((1,), (1 if transpose_b else 0,)), ((), ())),
     precision=lax.Precision.HIGHEST,
     preferred_element_type=jnp.float32,
+  )
+
+
+# --- Mosaic -----------------------------------------------------------------
+
+
+def mosaic_call(
+  kernel: Callable[..., None],
+  *,
+  name: str,
+  grid: tuple[int, ...],
+  grid_names: tuple[str, ...],
+  out_shape: Sequence[jax.ShapeDtypeStruct],
+  scratch: Sequence[Any],
+  num_warpgroups: int,
+  interpret: bool,
+) -> Callable[..., Sequence[jax.Array]]:
+  """Returns `plgpu.kernel` of a kernel whose threads are warpgroups.
+
+  Args:
+    kernel: takes one ref an input, one an output, then one a scratch.
+    name: name of the kernel in profiles.
+    grid: CTAs.
+    grid_names: names of the grid's axes; the warpgroup axis is "wg".
+    out_shape: shapes and dtypes of the outputs.
+    scratch: shared memory and barriers.
+    num_warpgroups: warpgroups of 128 threads a CTA.
+    interpret: whether to simulate it on CPU, barriers and races included.
+  """
+
+  def named(*refs):
+    kernel(*refs)
+
+  named.__name__ = name
+  simulate = {}
+  if interpret:
+    simulate["interpret"] = mosaic.InterpretGPUParams(detect_races=True)
+  return mosaic.kernel(
+    named,
+    out_type=tuple(out_shape),
+    grid=grid,
+    grid_names=grid_names,
+    num_threads=num_warpgroups,
+    thread_name="wg",
+    scratch_types=tuple(scratch),
+    compiler_params=mosaic.CompilerParams(
+      approx_math=True,
+      # The default differs between versions.
+      lowering_semantics=mosaic.LoweringSemantics.Lane,
+    ),
+    **simulate,
+  )
+
+
+def matmul(a: Any, b: Any, shape: tuple[int, int], interpret: bool) -> Any:
+  """Returns a @ b.T in float32, [64, n]; a [64, k] and b [n, k] in SMEM."""
+  if interpret:  # The interpreter knows only part of WGMMA.
+    return _f32_dot(a[...], b[...].T)
+
+  def compute(acc):
+    mosaic.wgmma(acc, a, b.transpose((1, 0)))
+    return acc[...]
+
+  return pl.run_scoped(compute, mosaic.ACC(shape, jnp.float32))
+
+
+def matmul_add(acc: Any, a: Any, b: Any, interpret: bool) -> Any:
+  """Returns acc + a @ b in float32; a in registers, b [k, n] in SMEM."""
+  if interpret:
+    return acc + _f32_dot(a, b[...])
+
+  def compute(acc_ref):
+    mosaic.wgmma(acc_ref, a, b)
+
+  return pl.run_state(compute)(mosaic.ACC.init(acc))
+
+
+def _f32_dot(a, b):
+  return jnp.dot(
+    a.astype(jnp.float32),
+    b.astype(jnp.float32),
+    precision=lax.Precision.HIGHEST,
   )
