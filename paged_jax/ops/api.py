@@ -174,6 +174,32 @@ def plan_attention(
     query_starts = inputs_lib.as_array(
       "query_starts", query_starts, ("B+1",), ("int32",)
     )
+    if query_starts.shape[0] != lengths.shape[0] + 1:
+      raise ValueError(
+        f"query_starts has {query_starts.shape[0]} entries for "
+        f"B={lengths.shape[0]} sequences: it needs B+1"
+      )
+  if lengths.shape[0] != page_table.shape[0]:
+    raise ValueError(
+      f"lengths has {lengths.shape[0]} rows but page_table has "
+      f"{page_table.shape[0]}: give one length a table row"
+    )
+  sizes = dict(
+    num_heads=num_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    page_size=page_size,
+    max_query_length=max_query_length,
+    window=window,
+  )
+  for size_name, size in sizes.items():
+    if size is not None:
+      inputs_lib.check_int(size_name, size, 1)
+  if num_heads and num_kv_heads and num_heads % num_kv_heads:
+    raise ValueError(
+      f"num_heads is {num_heads}, not a multiple of num_kv_heads="
+      f"{num_kv_heads}: every kv head must serve equally many query heads"
+    )
   known = (
     num_heads, num_kv_heads, head_dim, page_size, dtype, max_query_length
   )

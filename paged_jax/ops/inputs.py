@@ -182,8 +182,7 @@ def normalise(
       )
     if max_query_length is None:
       max_query_length = max(num_tokens, 1)
-    _check_int("max_query_length", max_query_length, 1)
-    max_query_length = min(int(max_query_length), max(num_tokens, 1))
+    check_int("max_query_length", max_query_length, 1)
   if sinks is not None:
     sinks = as_array("sinks", sinks, ("N",), FLOATS)
     if sinks.shape[0] != num_heads:
@@ -195,7 +194,7 @@ def normalise(
   if not isinstance(causal, bool | np.bool_):
     raise ValueError(f"causal is {causal!r}: pass True or False")
   if window is not None:
-    _check_int("window", window, 1)
+    check_int("window", window, 1)
     if not causal:
       raise ValueError(
         f"window is {window} with causal=False: a sliding window is defined "
@@ -298,6 +297,13 @@ def check_addressable(num_pages: int, page_size: int) -> None:
     )
 
 
+def check_int(name: str, value: Any, least: int) -> None:
+  """Raises ValueError unless `value` is an int of at least `least`."""
+  is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+  if not is_int or value < least:
+    raise ValueError(f"{name} is {value!r}: pass an int of at least {least}")
+
+
 def is_concrete(*arrays: Any) -> bool:
   """Whether all arrays hold values now, that is, outside of any trace."""
   return not any(isinstance(x, core.Tracer) for x in arrays)
@@ -319,12 +325,6 @@ def _tables(page_table, one_pool):
   if not combined:
     return table, table, False
   return table[:, 0], table[:, 1], True
-
-
-def _check_int(name, value, least):
-  is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  if not is_int or value < least:
-    raise ValueError(f"{name} is {value!r}: pass an int of at least {least}")
 
 
 def _positive(name, value):
