@@ -29,7 +29,7 @@ from paged_jax.simulate import (
 )
 from paged_jax.simulate import graph as graph_lib
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/simulate.py")
+_CONFIG = config_flags.DEFINE_config_file("config")
 _WORKDIR = flags.DEFINE_string(
   "workdir", "out/simulate", "Folder for results, traces and plots."
 )
@@ -68,7 +68,11 @@ def main(argv: Sequence[str]) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
   except (ValueError, TypeError, OSError) as error:
     cli.fail(error)
+  return run(plan, workdir)
 
+
+def run(plan: Plan, workdir: pathlib.Path) -> int:
+  """Runs a plan, prints it, and returns the exit code."""
   written, failures, total = [workdir / "results.jsonl"], [], 0
   with written[0].open("w") as log:
     for case in plan.runs:
@@ -218,4 +222,4 @@ def _variants(text: str) -> tuple[graph_lib.Variant, ...]:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, config="configs/simulate.py")

@@ -136,7 +136,7 @@ class Comparison:
   Attributes:
     matched: elements with |a - b| <= atol + rtol * |b|.
     total: elements of the golden.
-    max_abs: largest |a - b|; NaN when one is.
+    max_abs: largest |a - b|; not finite when one is not.
     problem: what is wrong, empty when everything matches.
   """
 
@@ -165,7 +165,7 @@ def compare(
   """Counts the elements of `out` within tolerance of `want`.
 
   Args:
-    out: any float dtype. NaN never matches.
+    out: any float dtype. NaN and Inf never match.
     want: the golden.
     atol: absolute tolerance, >= 0.
     rtol: relative tolerance, >= 0.
@@ -186,11 +186,12 @@ def compare(
   out = np.asarray(out, np.float64)
   error = np.abs(out - want)
   bound = atol + rtol * np.abs(want)
-  # `<=` and not `>`: a NaN in either array compares false and so mismatches.
-  match = error <= bound
+  # NaN and Inf never match, not even an Inf golden, whose bound is Inf too.
+  match = np.isfinite(error) & (error <= bound)
   problem = ""
   if not match.all():
-    excess = np.where(np.isnan(error), np.inf, error - bound)
+    excess = np.where(np.isfinite(error), error, np.inf)
+    excess -= np.where(np.isfinite(bound), bound, 0)
     at = np.unravel_index(int(excess.argmax()), out.shape)
     where = ", ".join(map(str, map(int, at)))
     problem = (

@@ -1,6 +1,7 @@
 """One case under one variant: graph, model, threaded run, and the report."""
 
 import dataclasses
+import math
 import time
 import types
 from typing import Any
@@ -250,7 +251,10 @@ def record(result: Result, settings: Settings) -> dict[str, Any]:
     entry |= {
       "matched": comparison.matched,
       "elements": comparison.total,
-      "max_abs_error": comparison.max_abs,
+      # JSON has no NaN.
+      "max_abs_error": (
+        comparison.max_abs if math.isfinite(comparison.max_abs) else None
+      ),
       "threads": settings.threads,
       "threads_makespan_us": schedule.makespan_us,
       "threads_critical_us": threaded.critical_us,

@@ -203,6 +203,7 @@ def plot(path: pathlib.Path, points: list[Point], title: str) -> None:
       ]
       axis.plot(*zip(*series), marker=marker, ms=4, label=name)
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:.0f}")
     axis.grid(alpha=0.3)
     axis.set_title(
       f"batch {batch}, {unit[0]}+{unit[1]} units", fontsize=8, loc="left"
@@ -212,7 +213,7 @@ def plot(path: pathlib.Path, points: list[Point], title: str) -> None:
   fig.supylabel(f"speed over {names[0]}", fontsize=9)
   handles, labels = panels[0, 0].get_legend_handles_labels()
   fig.legend(
-    handles, labels, loc="outside upper right", ncols=len(names), fontsize=8
+    handles, labels, loc="outside lower center", ncols=len(names), fontsize=8
   )
   fig.suptitle(title, fontsize=10, x=0.01, ha="left")
   fig.savefig(path, dpi=130)
