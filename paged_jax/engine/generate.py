@@ -212,7 +212,7 @@ class Generator:
     ]
 
   def _prefill(self, pending, key, on_step):
-    """One chunk; returns (any progress, rows that ended prefill, new tokens)."""
+    """One chunk; returns (progress, rows that ended prefill, new tokens)."""
     num_tokens = np.zeros(self._table.num_sequences, np.int32)
     left = self.prefill_tokens
     for b, prompt in pending.items():
@@ -221,8 +221,9 @@ class Generator:
     packed = np.concatenate([p[: num_tokens[b]] for b, p in pending.items()])
     tokens = np.zeros(self._bucket(len(packed)), np.int32)
     tokens[: len(packed)] = packed
-    output = self._run("prefill", self.prefill, tokens, num_tokens, num_tokens,
-                       key, on_step)
+    output = self._run(
+      "prefill", self.prefill, tokens, num_tokens, num_tokens, key, on_step
+    )
     ok, new = jax.device_get((output.ok, output.next_tokens))
     ended = []
     for b in np.flatnonzero(ok):
@@ -233,11 +234,11 @@ class Generator:
     return ok.any(), ended, new
 
   def _decode(self, active, fed, key, on_step):
-    """One token a row; returns (any progress, rows served, new tokens)."""
+    """One token a row; returns (progress, rows served, new tokens)."""
     if not active.any():
       return False, (), fed
-    output = self._run("decode", self.decode, fed, active,
-                       active.astype(np.int32), key, on_step)
+    ones = active.astype(np.int32)
+    output = self._run("decode", self.decode, fed, active, ones, key, on_step)
     ok, new = jax.device_get((output.ok, output.next_tokens))
     return ok.any(), np.flatnonzero(ok), new
 

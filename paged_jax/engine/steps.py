@@ -24,7 +24,9 @@ from paged_jax.models import step as step_lib
 class StepOptions:
   """Static choices of a step."""
 
-  sampling: sampling_lib.Sampling = sampling_lib.Sampling()
+  sampling: sampling_lib.Sampling = dataclasses.field(
+    default_factory=sampling_lib.Sampling
+  )
   implementation: str | None = None
   interpret: bool | None = None
 
@@ -77,8 +79,8 @@ def prefill(
   )
   last = jnp.maximum(step.query_starts[1:] - 1, 0)
   logits, cache = model(tokens, cache, step, rows=last)
-  return cache, table, _output(logits, key, step, ok & (num_tokens > 0),
-                               options)
+  ok &= num_tokens > 0
+  return cache, table, _output(logits, key, step, ok, options)
 
 
 def decode(

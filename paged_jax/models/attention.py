@@ -29,7 +29,8 @@ class AttentionConfig:
   qkv_bias: bool = False
   qk_norm: bool = False  # RMS norm of each q and k head, before rotary
   norm_epsilon: float = 1e-6
-  rope: rotary.Rope | None = rotary.Rope()  # None: no positions at all
+  # None: no positions at all.
+  rope: rotary.Rope | None = dataclasses.field(default_factory=rotary.Rope)
   window: int | None = None  # a token sees this many, itself included
   soft_cap: float | None = None
   dtype: str = "float32"  # of weights, activations and cache

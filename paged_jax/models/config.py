@@ -21,7 +21,7 @@ class ModelConfig:
   qk_norm: bool = False
   tied: bool = True  # whether the head is the embedding
   norm_epsilon: float = 1e-6
-  rope: Rope = Rope()
+  rope: Rope = dataclasses.field(default_factory=Rope)
   window: int | None = None
   dtype: str = "float32"  # of weights, activations and cache
 
