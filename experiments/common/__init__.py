@@ -1,0 +1,1 @@
+"""What experiments share: shapes, data, timing, checking, records, reports."""

@@ -1,0 +1,276 @@
+"""Cells of a sweep: compile ahead in threads, then verify, time, record.
+
+    shapes     s0            s1            s2 ...
+    threads    compile all programs of the next few shapes
+    main       (idle)        s0: data, truth, then every implementation
+                             s1: ...
+
+Timing never overlaps compilation: on two cores it would be noise.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+import dataclasses
+import importlib.metadata
+import itertools
+import math
+import os
+import platform
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.common import ceilings as ceilings_lib
+from experiments.common import problem as problem_lib
+from experiments.common import programs, shapes, timing, verify
+
+FAILED = ("wrong", "failed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+  """One implementation on one shape.
+
+  Attributes:
+    group: "ratio axis" or the name of a model's geometry.
+    shape: the call.
+    implementation: one of `paged_jax.ops.implementations.NAMES`.
+    interpret: whether the kernel is interpreted: verified, never timed.
+  """
+
+  group: str
+  shape: shapes.Shape
+  implementation: str
+  interpret: bool = False
+
+  @property
+  def mode(self) -> str:
+    return "interpret" if self.interpret else "native"
+
+  @property
+  def key(self) -> str:
+    device = jax.devices()[0].device_kind.replace(" ", "_")
+    return "/".join((
+      self.shape.name, self.implementation, self.mode, device,
+      f"jax-{jax.__version__}",
+    ))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Effort:
+  """How much work goes into a cell.
+
+  Attributes:
+    steps: attention layers in a timed program.
+    cold_bytes: the pools of all layers hold at least this, to miss the caches.
+    seconds: time of the samples of a cell, at least.
+    repeats: samples, at least.
+    ahead: shapes compiled at once.
+  """
+
+  steps: int
+  cold_bytes: int
+  seconds: float
+  repeats: int
+  ahead: int
+
+  def layers(self, shape: shapes.Shape) -> int:  # L
+    return programs.pool_layers(shape, self.cold_bytes)
+
+
+def run(
+  cells: Sequence[Cell],
+  *,
+  source: problem_lib.Source,
+  effort: Effort,
+  ceilings: ceilings_lib.Ceilings,
+) -> Iterator[dict[str, Any]]:
+  """Yields a row for every cell; whatever a cell does, the next one follows.
+
+  Args:
+    cells: cells of one shape must stand together.
+    source: of queries, keys and values.
+    effort: how much work goes into a cell.
+    ceilings: of this run.
+  """
+  groups = [list(g) for _, g in itertools.groupby(cells, lambda c: c.shape)]
+  pool = futures.ThreadPoolExecutor(os.cpu_count())
+  try:
+    for start in range(0, len(groups), effort.ahead):
+      batch = groups[start : start + effort.ahead]
+      jobs = [_compile(pool, group, effort) for group in batch]
+      futures.wait([f for job in jobs for f in job.values()])
+      for group, job in zip(batch, jobs):
+        yield from _run_shape(group, job, source, effort, ceilings)
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _compile(pool, group, effort):
+  """Returns futures of the shape's programs by name."""
+  shape = group[0].shape
+  layers = effort.layers(shape)
+  spec = problem_lib.specs(shape, layers)
+  state = {k: v for k, v in spec.items() if k not in ("query", "k", "v")}
+  dtype = verify.precise_dtype()
+
+  def exact():
+    with verify.precision(dtype):
+      return verify.exact(shape, dtype).lower(state, spec["query"]).compile()
+
+  def naive():
+    program = verify.naive(shape)
+    args = (spec[name] for name in ("query", "k", "v", "sinks"))
+    return program.lower(*args).compile()
+
+  def one(cell):
+    program = programs.chain(
+      programs.ours(shape, cell.implementation, cell.interpret or None),
+      layers=layers,
+      steps=1 if cell.interpret else effort.steps,
+    )
+    first = jax.ShapeDtypeStruct((), np.int32)
+    return program.lower(state, spec["query"], first).compile()
+
+  jobs = {
+    "write": pool.submit(problem_lib.writer, shape, layers),
+    "exact": pool.submit(exact),
+  }
+  if shape.dtype != "float32":
+    jobs["naive"] = pool.submit(naive)
+  for cell in group:
+    jobs[cell.implementation] = pool.submit(one, cell)
+  return jobs
+
+
+def _run_shape(group, jobs, source, effort, ceilings):
+  shape = group[0].shape
+  started = time.perf_counter()
+  try:
+    problem = problem_lib.build(
+      shape,
+      layers=effort.layers(shape),
+      source=source,
+      write=jobs["write"].result(),
+    )
+    naive = jobs["naive"].result() if "naive" in jobs else None
+    want, rounded = truth(problem, jobs["exact"].result(), naive)
+    broken = None
+  except Exception as error:  # the cell's fault or ours: either way recorded
+    broken = error
+  for cell in group:
+    row = describe(cell, ceilings)
+    try:
+      if broken is not None:
+        raise broken
+      compiled = jobs[cell.implementation].result()
+      first, _ = compiled(problem.state, problem.query, np.int32(0))
+      verdict = verify.check(first, want, rounded, shape)
+      row.update(dataclasses.asdict(verdict))
+      row.update(status="ok" if verdict.passed else "wrong")
+      row["error"] = row.pop("problem")
+      if verdict.passed and not cell.interpret:
+        row.update(_time(compiled, problem, effort, ceilings))
+    except NotImplementedError as error:
+      row.update(status="unsupported", error=one_line(error))
+    except Exception as error:
+      row.update(status="failed", error=one_line(error))
+    row["seconds"] = round(time.perf_counter() - started, 3)
+    started = time.perf_counter()
+    yield {k: _plain(v) for k, v in row.items()}
+
+
+def truth(problem, exact, naive):
+  """Returns (reference in high precision, naive in the dtype or None)."""
+  with verify.precision(verify.precise_dtype()):
+    want = exact(problem.state, problem.query)
+  if naive is None:
+    return want, None
+  return want, naive(problem.query, problem.k, problem.v, problem.sinks)
+
+
+def describe(cell: Cell, ceilings: ceilings_lib.Ceilings) -> dict[str, Any]:
+  """Returns the fields of a row that are known before it runs."""
+  shape = cell.shape
+  row = dict(
+    key=cell.key,
+    status="failed",
+    group=cell.group,
+    implementation=cell.implementation,
+    mode=cell.mode,
+    ratio=shape.group_size,
+  )
+  row |= dataclasses.asdict(shape)
+  row |= dict(
+    num_tokens=shape.num_tokens,
+    num_kv_tokens=shape.num_kv_tokens,
+    waste=shape.waste,
+    bytes=shape.bytes,
+    flops=shape.flops,
+    limit_us=ceilings.limit_us(shape.bytes, shape.flops),
+    bound_by=ceilings.bound_by(shape.bytes, shape.flops),
+  )
+  return row | dataclasses.asdict(ceilings) | versions()
+
+
+def rates(median_us: float, row: dict[str, Any]) -> dict[str, float]:
+  """Returns GB/s, TFLOP/s and the fraction of the ceiling that a time means."""
+  return dict(
+    gbps=row["bytes"] / median_us / 1e3,
+    tflops=row["flops"] / median_us / 1e6,
+    ceiling_fraction=row["limit_us"] / median_us,
+  )
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions and the device that a number depends on."""
+  return dict(
+    device=jax.devices()[0].device_kind,
+    cores=os.cpu_count(),
+    python=platform.python_version(),
+    jax=jax.__version__,
+    jaxlib=importlib.metadata.version("jaxlib"),
+  )
+
+
+def one_line(error: Exception) -> str:
+  """Returns `Type: message` on one line, at most 400 characters."""
+  return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+
+
+def _time(compiled, problem, effort, ceilings):
+  shape, steps = problem.shape, effort.steps
+  layers = itertools.cycle(
+    [jnp.int32(i) for i in range(effort.layers(shape))][::steps]
+  )
+  model = timing.wall(
+    {"": lambda: compiled(problem.state, problem.query, next(layers))},
+    steps=steps, repeats=effort.repeats, seconds=effort.seconds,
+  )[""]
+  row = dict(bytes=shape.bytes, flops=shape.flops,
+             limit_us=ceilings.limit_us(shape.bytes, shape.flops))
+  row |= dataclasses.asdict(model) | rates(model.median_us, row)
+  measured = timing.kernels(
+    compiled, problem.state, problem.query, jnp.int32(0),
+    steps=steps, repeats=effort.repeats,
+  )
+  if measured is not None:
+    kernel, names = measured
+    row |= dict(
+      kernel_us=kernel.median_us,
+      kernel_iqr_us=kernel.iqr_us,
+      kernels=[[n[:80], *rest] for n, rest in list(names.items())[:6]],
+    )
+  return row
+
+
+def _plain(value):
+  """NumPy scalars and NaN do not belong into JSON."""
+  if isinstance(value, np.generic):
+    value = value.item()
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value

@@ -1,0 +1,115 @@
+"""Sweep paged attention over a grid: verify every cell, time it, report.
+
+    python -m experiments.sweep --config=configs/qwen.py
+    python -m experiments.sweep --config=configs/qwen.py:tiny --resume
+    python -m experiments.sweep --config=configs/qwen.py --config.seed=1
+
+Output under --workdir (default out/sweep/<config name>): rows.jsonl, the
+truth; report.csv, *.png and report.html, drawn from it. Rows are on disk the
+moment they exist: Ctrl-C loses nothing, --resume continues. Exit code 1 if a
+cell failed, 130 if interrupted.
+"""
+
+import collections
+import dataclasses
+import pathlib
+import sys
+import time
+
+from absl import flags
+import jax
+from ml_collections import config_flags
+import tqdm
+
+from experiments.common import ceilings as ceilings_lib
+from experiments.common import cells as cells_lib
+from experiments.common import cli, report, sources
+from experiments.common import grid as grid_lib
+from experiments.common import records as records_lib
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", "configs/qwen.py", "A sweep: configs/qwen.py[:tiny], ..."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Where the output goes; default out/sweep/<config name>."
+)
+_RESUME = flags.DEFINE_bool(
+  "resume", False, "Skip the cells that rows.jsonl already holds."
+)
+_REPORT_ONLY = flags.DEFINE_bool(
+  "report_only", False, "Run nothing; draw the report from rows.jsonl."
+)
+
+
+def main(argv) -> int:
+  if len(argv) > 1:
+    raise ValueError(f"unknown argument {argv[1]!r}: flags start with --")
+  grid = grid_lib.from_config(_CONFIG.value)
+  workdir = pathlib.Path(_WORKDIR.value or f"out/sweep/{grid.name}")
+  records = records_lib.Records(workdir / "rows.jsonl")
+  if _REPORT_ONLY.value:
+    if not records.rows():
+      raise ValueError(f"{records.path} has no rows: run the sweep first")
+    return _finish(records.rows(), workdir, 0, [])
+
+  on_gpu = jax.default_backend() in ("gpu", "cuda")
+  cells, elsewhere = grid_lib.expand(grid, on_gpu)
+  if not _RESUME.value and (old := records.set_aside()):
+    print(f"an earlier run's rows are kept as {old}")
+  done = records.finished()
+  todo = [cell for cell in cells if cell.key not in done]
+  print(
+    f"{grid.name} on {jax.devices()[0].device_kind}: {len(todo)} cells to run"
+    f", {len(cells) - len(todo)} done before, {len(elsewhere)} need a GPU"
+  )
+  started = time.perf_counter()
+  code = 0
+  if todo:
+    try:
+      _run(grid, todo, records, grid.gpu if on_gpu else grid.cpu)
+    except KeyboardInterrupt:
+      print("\ninterrupted: finished cells are kept; go on with --resume")
+      code = 130
+  keys = {cell.key for cell in cells}
+  rows = [row for row in records.rows() if row["key"] in keys]
+  seconds = time.perf_counter() - started
+  return _finish(rows, workdir, seconds, elsewhere, code)
+
+
+def _run(grid, todo, records, scale):
+  ceilings = ceilings_lib.measure(scale.dtype)
+  print(
+    f"ceilings: read {ceilings.read_gbps:.1f} GB/s, copy "
+    f"{ceilings.copy_gbps:.1f} GB/s, {scale.dtype} matmul "
+    f"{ceilings.matmul_tflops:.3g} TFLOP/s"
+  )
+  source = sources.make(grid)
+  rows = cells_lib.run(
+    todo, source=source, effort=scale.effort, ceilings=ceilings
+  )
+  with tqdm.tqdm(total=len(todo), unit="cell") as bar:
+    for row in rows:
+      records.append(row)
+      bar.update()
+      if row["status"] != "ok":
+        bar.write(f"{row['status']}: {row['key']}: {row['error']}")
+
+
+def _finish(rows, workdir, seconds, elsewhere, code=0) -> int:
+  counts = collections.Counter(row["status"] for row in rows)
+  title = workdir.name
+  waiting = [
+    dict(key=cell.key, **dataclasses.asdict(cell.shape)) for cell in elsewhere
+  ]
+  paths = report.write(rows, workdir, title=title, needs_gpu=waiting)
+  print(report.summary(rows))
+  print(
+    ", ".join(f"{n} {status}" for status, n in counts.most_common())
+    + f" in {seconds:.0f} s; report: {paths['html']}"
+  )
+  failed = any(counts[status] for status in cells_lib.FAILED)
+  return code or int(failed)
+
+
+if __name__ == "__main__":
+  cli.run(lambda argv: sys.exit(main(argv)))
