@@ -179,6 +179,20 @@ def test_error_while_running_stops_all_threads(monkeypatch):
     runner.run(RAGGED, SERIAL, SETTINGS, execute=True)
 
 
+def test_error_in_one_thread_before_the_start_stops_all(monkeypatch):
+  calls = []
+
+  def fails_once(self):
+    calls.append(1)
+    # The first call is the caller's, the others are the threads'.
+    if len(calls) == 2:
+      raise RuntimeError("warm-up trouble")
+
+  monkeypatch.setattr(executor.programs.Programs, "warm_up", fails_once)
+  with pytest.raises(RuntimeError, match="warm-up trouble"):
+    runner.run(RAGGED, SERIAL, SETTINGS, execute=True)
+
+
 @pytest.mark.parametrize("text", ["serial", "split3"])
 def test_trace_has_a_slice_a_task_and_an_arrow_an_edge(tmp_path, text):
   graph = graph_lib.build(
