@@ -14,21 +14,17 @@ import json
 import platform
 import time
 
-from absl import app
-from absl import flags
+from absl import app, flags
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from paged_jax.cache import page_table as page_table_lib
-from paged_jax.cache import permute
-from paged_jax.cache import pool
+from paged_jax.cache import permute, pool
 from paged_jax.engine import steps
 from paged_jax.models import config as config_lib
-from paged_jax.models import contiguous
-from paged_jax.models import gguf
-from paged_jax.models import transformer
+from paged_jax.models import contiguous, gguf, transformer
 
 _MODEL = flags.DEFINE_enum(
   "model", "smollm2-135m", config_lib.NAMES, "sizes of the model"

@@ -13,7 +13,6 @@ cell failed, 130 if interrupted.
 import collections
 import dataclasses
 import pathlib
-import sys
 import time
 
 from absl import flags
@@ -83,7 +82,7 @@ def _run(grid, todo, records, scale):
     f"{ceilings.copy_gbps:.1f} GB/s, {scale.dtype} matmul "
     f"{ceilings.matmul_tflops:.3g} TFLOP/s"
   )
-  source = sources.make(grid)
+  source = sources.make(grid, scale)
   rows = cells_lib.run(
     todo, source=source, effort=scale.effort, ceilings=ceilings
   )
@@ -112,4 +111,4 @@ def _finish(rows, workdir, seconds, elsewhere, code=0) -> int:
 
 
 if __name__ == "__main__":
-  cli.run(lambda argv: sys.exit(main(argv)))
+  cli.run(main)

@@ -180,7 +180,7 @@ def _run_shape(group, jobs, source, effort, ceilings):
       row.update(status="failed", error=one_line(error))
     row["seconds"] = round(time.perf_counter() - started, 3)
     started = time.perf_counter()
-    yield {k: _plain(v) for k, v in row.items()}
+    yield plain(row)
 
 
 def truth(problem, exact, naive):
@@ -267,10 +267,14 @@ def _time(compiled, problem, effort, ceilings):
   return row
 
 
-def _plain(value):
-  """NumPy scalars and NaN do not belong into JSON."""
-  if isinstance(value, np.generic):
-    value = value.item()
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+  """Returns a row fit for JSON: no NumPy scalars, None for NaN."""
+
+  def one(value):
+    if isinstance(value, np.generic):
+      value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+      return None
+    return value
+
+  return {name: one(value) for name, value in row.items()}

@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.common import cells as cells_lib
 from experiments.common import shapes
+from experiments.common.words import did_you_mean
 from paged_jax.ops import implementations
 
 RATIO_AXIS = "ratio axis"
@@ -229,11 +230,6 @@ def _known(name, values, known, prefix):
     if value not in known:
       raise ValueError(
         f"config.{prefix}{name} has {value!r}: pass "
-        f"{', '.join(known)}" + _did_you_mean(value, known)
+        f"{', '.join(known)}" + did_you_mean(value, known)
       )
 
-
-def _did_you_mean(word, known):
-  import difflib
-  near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-  return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,9 +1,15 @@
 """The source of a sweep's tensors, by the name its config gives."""
 
+from experiments.common import captured, problem
 from experiments.common import grid as grid_lib
-from experiments.common import problem
 
 
-def make(grid: grid_lib.Grid) -> problem.Source:
-  """Returns the source that `grid.source` names."""
-  return problem.RandomSource(grid.seed)
+def make(grid: grid_lib.Grid, scale: grid_lib.Scale) -> problem.Source:
+  """Returns the source that `grid.source` names, large enough for `scale`."""
+  if grid.source == "random":
+    return problem.RandomSource(grid.seed)
+  return captured.smollm2(
+    batch=max(scale.decode_batch, scale.prefill_batch),
+    context=max(scale.decode_context, scale.prefill_context),
+    text=grid.text,
+  )

@@ -1,0 +1,102 @@
+"""Time one attention shape: ours and others, side by side, in one run.
+
+    python -m experiments.bench --list
+    python -m experiments.bench --shape=llama3-8b_dec_b64_c8192_p16_const
+    python -m experiments.bench --shape=cpu_qwen2.5-0.5b_dec_b8_c2048_p16 \
+        --implementations=xla,dense
+
+Every implementation is held against the reference first. Then all of them are
+timed in turn, so that a busy moment hits all alike:
+
+    model us    per layer, of --steps chained layers over one pool, launch gaps
+                included: what a model feels
+    kernel us   sum of CUPTI kernel times per layer (GPU only)
+
+Others: dense and cudnn (jax.nn.dot_product_attention on a contiguous cache),
+jax_pallas (JAX's deprecated paged kernel). Exit code 1 if one is wrong.
+"""
+
+import pathlib
+
+from absl import flags
+import jax
+
+from experiments.common import bench, cli
+from experiments.common import ceilings as ceilings_lib
+from experiments.common import records as records_lib
+from experiments.common import shapes as shapes_lib
+
+_SHAPE = flags.DEFINE_list(
+  "shape", ["cpu_tiny"], "Names from --list, or all, decode, prefill, cpu."
+)
+_IMPLEMENTATIONS = flags.DEFINE_list(
+  "implementations", None,
+  "Of ours (reference, xla, triton, hopper) and others (dense, cudnn, "
+  "jax_pallas). Default: on a GPU hopper, triton, jax_pallas and cudnn; else "
+  "xla, dense.",
+)
+_REPEATS = flags.DEFINE_integer("repeats", 20, "Samples, at least.", 2)
+_SECONDS = flags.DEFINE_float("seconds", 0.5, "Sampling time of each.", 0.0)
+_STEPS = flags.DEFINE_integer(
+  "steps", None, "Layers in the timed program. Default: 32, on a CPU 4.", 1
+)
+_COLD_MB = flags.DEFINE_integer(
+  "cold_mb", None,
+  "MB the layers' K and V hold at least, to miss the caches. Default: 512, on "
+  "a CPU 64.", 0,
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of data and page order.", 0)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", "out/bench", "Where bench.jsonl and the plot go."
+)
+_LIST = flags.DEFINE_bool("list", False, "List the shapes and stop.")
+
+
+def main(argv) -> int:
+  if len(argv) > 1:
+    raise ValueError(f"unknown argument {argv[1]!r}: flags start with --")
+  if _LIST.value:
+    print(bench.listing())
+    return 0
+  gpu = jax.default_backend() in ("gpu", "cuda")
+  names = bench.select(_SHAPE.value)
+  chosen = bench.check_names(_IMPLEMENTATIONS.value or (
+    ["hopper", "triton", "jax_pallas", "cudnn"] if gpu else ["xla", "dense"]
+  ))
+  workdir = pathlib.Path(_WORKDIR.value)
+  records = records_lib.Records(workdir / "bench.jsonl")
+  shapes = [shapes_lib.named()[name] for name in names]
+  ceilings = {
+    dtype: ceilings_lib.measure(dtype) for dtype in {s.dtype for s in shapes}
+  }
+  for dtype, c in ceilings.items():
+    print(
+      f"{jax.devices()[0].device_kind}, jax {jax.__version__}; ceilings: read "
+      f"{c.read_gbps:.1f} GB/s, copy {c.copy_gbps:.1f} GB/s, {dtype} matmul "
+      f"{c.matmul_tflops:.3g} TFLOP/s"
+    )
+  rows = []
+  for shape in shapes:
+    mine = bench.run(
+      shape,
+      chosen,
+      ceilings=ceilings[shape.dtype],
+      steps=_STEPS.value or (32 if gpu else 4),
+      cold_bytes=10**6 * (
+        (512 if gpu else 64) if _COLD_MB.value is None else _COLD_MB.value
+      ),
+      repeats=_REPEATS.value,
+      seconds=_SECONDS.value,
+      seed=_SEED.value,
+    )
+    for row in mine:
+      records.append(row)
+    rows += mine
+    print(bench.table(shape, mine), flush=True)
+  if (path := bench.plot(rows, workdir)) is not None:
+    print(f"rows: {records.path}, plot: {path}")
+  return int(any(row["status"] in ("wrong", "failed") for row in rows))
+
+
+if __name__ == "__main__":
+  cli.run(main)
