@@ -5,10 +5,10 @@
     python -m experiments.simulate --config=configs/simulate.py:sim-prod1
     python -m experiments.simulate --config.case=all --config.execute=none
 
-Cost on two CPU cores: a minute; `:tiny` half of that; `:sim-prod1` (65,536 tasks,
-scheduled only) 20 s. Expected: every `out:` line PASS, replay deviations near
-0 %, and in the comparison unrolled graphs ahead where units are short and split
-graphs ahead where one long sequence has the chip to itself.
+Cost on two CPU cores: a minute; `:tiny` half of that; `:sim-prod1` (65,536
+tasks, scheduled only) 20 s. Expected: every `out:` line PASS, replay deviations
+near 0 %, and in the comparison unrolled graphs ahead where units are short and
+split graphs ahead where one long sequence has the chip to itself.
 """
 
 import ml_collections
