@@ -83,7 +83,7 @@ def attend(
     num_warps=4,
     num_stages=1,
     interpret=interpret,
-  )(parts, part_lse, inputs.lengths, inputs.query_starts, *sinks)
+  )(parts, part_lse, *operands[-2:], *sinks)
 
 
 def _choose(inputs, interpret):

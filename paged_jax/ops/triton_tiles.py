@@ -27,6 +27,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+import numpy as np
 
 from paged_jax.ops import backend
 from paged_jax.ops.inputs import Inputs
@@ -253,6 +254,9 @@ def finish(
 
 def operands(inputs: Inputs) -> tuple[jax.Array, ...]:
   """The arrays every kernel takes, in the order of its first refs."""
+  starts = inputs.query_starts
+  if inputs.decode:  # a constant of the program costs no kernel, an iota does
+    starts = np.arange(inputs.num_sequences + 1, dtype=np.int32)
   return (
     inputs.query,
     inputs.k_pages,
@@ -261,5 +265,5 @@ def operands(inputs: Inputs) -> tuple[jax.Array, ...]:
     inputs.v_table,
     inputs.layer.reshape(1),
     inputs.lengths,
-    inputs.query_starts,
+    starts,
   )
