@@ -52,7 +52,7 @@ MUTANTS = {
     "reference.py",
     "mine = (rows < end)[:, None]",
     "mine = (rows < end + 1)[:, None]",
-    "test_ragged_lengths",
+    "test_rows_without_queries_and_tokens_beyond_the_last_row",
   ),
   "reference: fully masked rows are not 0": (
     "reference.py",
@@ -107,7 +107,7 @@ MUTANTS = {
     "triton_tiles.py",
     "out = acc * (decay / jnp.where(l == 0, 1.0, l))[:, None]",
     "out = acc * (decay / l)[:, None]",
-    "test_ragged_lengths",
+    "test_more_queries_than_keys",
   ),
   "triton: a dead partial is merged": (
     "triton_decode.py",
