@@ -24,6 +24,7 @@ Sequences with one query token get segments of one row, all others of
 import dataclasses
 from typing import Any
 
+import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -110,13 +111,20 @@ def _blocks(inputs, starts, counts, rows) -> _Segments:
 
 
 def _tiling(inputs: Inputs, rows: int, segments: int) -> tuple[int, int]:
-  """Returns (pages a tile, lanes)."""
-  p, M = inputs.page_size, inputs.max_pages
-  pages = min(max(1, 256 // p), M)
-  tiles = segments * -(-M // pages)
-  if rows > 1:
-    return pages, 1
-  return pages, min(8, tiles)
+  """Returns (pages a tile, lanes): enough work an iteration, caches permitting.
+
+  A CPU holds some 1 MB of K and of V in its caches, and one prefill tile keeps
+  its cores busy; on a GPU an iteration costs some ten launches, so many lanes.
+  """
+  pages = min(max(1, 256 // inputs.page_size), inputs.max_pages)
+  tiles = segments * -(-inputs.max_pages // pages)
+  if _on_cpu():
+    return pages, min(8 if rows == 1 else 1, tiles)
+  return pages, min(128 if rows == 1 else 32, tiles)
+
+
+def _on_cpu() -> bool:
+  return jax.default_backend() == "cpu"
 
 
 def _segments(inputs, segments, rows):
@@ -125,11 +133,13 @@ def _segments(inputs, segments, rows):
   p, P, M = inputs.page_size, inputs.num_pages, inputs.max_pages
   T, S = inputs.num_tokens, segments.sequence.shape[0]
   dtype = inputs.accumulator_dtype
+  # CPUs convert anyway; tensor cores take half precision as it is.
+  operand = dtype if _on_cpu() else inputs.query.dtype
   c, W = _tiling(inputs, rows, S)
 
   sequence = jnp.minimum(segments.sequence, inputs.num_sequences - 1)
   token = segments.start[:, None] + jnp.arange(rows)
-  query = inputs.query[jnp.minimum(token, T - 1)].astype(dtype)
+  query = inputs.query[jnp.minimum(token, T - 1)].astype(operand)
   query = query.reshape(S, rows, K, G, H).transpose(0, 2, 1, 3, 4)
   query = query.reshape(S, K, rows * G, H)
   length = inputs.lengths[sequence]
@@ -148,32 +158,60 @@ def _segments(inputs, segments, rows):
   share = (total + W - 1) // W  # tiles a lane
   lane = jnp.arange(W)
   k_table = jnp.clip(inputs.k_table, 0, P - 1)
-  v_table = jnp.clip(inputs.v_table, 0, P - 1)
-  heads = jnp.arange(K)[:, None]
+  v_table = jnp.clip(inputs.v_table, 0, P - 1) if inputs.combined else k_table
+  # One row = one page of one head, contiguous; no layer is sliced out.
+  k_pool = inputs.k_pages.reshape(-1, p * H)
+  v_pool = inputs.v_pages.reshape(-1, p * H)
+  element = jnp.arange(p * H)
 
-  def gather(pool, table, b, columns):  # -> [W, K, c * p, H]
-    pages = table[b[:, None], columns]
-    tile = pool.at[inputs.layer, pages[:, None], heads].get(
-      mode="promise_in_bounds"
-    )
-    return tile.reshape(W, K, c * p, H).astype(dtype)
-
-  def one_tile(i, state):
+  def locate(i):
+    """Where the lanes' i-th tiles lie: segment, position, rows, bounds."""
     tile = lane * share + i
-    s = jnp.sum(ends <= tile[:, None], axis=-1)
-    s = jnp.minimum(s, S - 1)
-    b = sequence[s]
-    column = page[s] + (tile - firsts[s]) * c
-    columns = jnp.minimum(column[:, None] + jnp.arange(c), M - 1)
-    position = (column * p)[:, None] + jnp.arange(c * p)
-    live = (position >= low[s][:, None]) & (position < high[s][:, None])
-    live &= (tile < total)[:, None]
-    k = gather(inputs.k_pages, k_table, b, columns)
-    v = gather(inputs.v_pages, v_table, b, columns)
-    # A dead slot may hold NaN, and 0 * NaN is NaN.
-    v = jnp.where(live[:, None, :, None], v, 0)
+    s = jnp.minimum(jnp.sum(ends <= tile[:, None], axis=-1), S - 1)
+    first = page[s] + (tile - firsts[s]) * c
+    columns = first[:, None] + jnp.arange(c)
+    # A page's live slots are bounds[0] <= offset < bounds[1].
+    stop = jnp.where(tile < total, high[s], 0)
+    bounds = (low[s][:, None] - columns * p, stop[:, None] - columns * p)
+    entry = (sequence[s][:, None], jnp.minimum(columns, M - 1))
+    layer_row = inputs.layer * (P * K) + jnp.arange(K)[:, None]
+
+    def pool_rows(table):  # unsigned: no negative index to look out for
+      rows = layer_row + table[entry][:, None] * K
+      return rows.reshape(-1).astype(jnp.uint32)
+
+    k_rows = pool_rows(k_table)
+    v_rows = pool_rows(v_table) if inputs.combined else k_rows
+    return s, first * p, k_rows, v_rows, bounds
+
+  def one_tile(i, carry):
+    # The next tile's rows travel in the carry: XLA would otherwise fuse their
+    # arithmetic into the copy, and repeat it for every element.
+    state, (s, position, k_rows, v_rows, bounds) = carry
+    k = k_pool.at[k_rows].get(mode="promise_in_bounds")
+    v = v_pool.at[v_rows].get(mode="promise_in_bounds")
+
+    def zero_dead(tile):  # a dead slot may hold NaN, and 0 * NaN is NaN
+      start, stop = (
+        jnp.repeat(x[:, None] * H, K, axis=1).reshape(-1, 1) for x in bounds
+      )
+      return jnp.where((element >= start) & (element < stop), tile, 0)
+
+    dead = jnp.any((bounds[0] > 0) | (bounds[1] < p))
+    k, v = lax.cond(
+      dead, lambda *kv: tuple(map(zero_dead, kv)), lambda *kv: kv, k, v
+    )
+    k, v = (x.reshape(W, K, c * p, H).astype(operand) for x in (k, v))
+    offset = jnp.arange(p)
+    live = (offset >= bounds[0][..., None]) & (offset < bounds[1][..., None])
+    live = live.reshape(W, c * p)
+    position = position[:, None] + jnp.arange(c * p)
     logits = inputs.scale * jnp.einsum(
-      "wkrh,wksh->wkrs", query[s], k, precision="highest"
+      "wkrh,wksh->wkrs",
+      query[s],
+      k,
+      precision="highest",
+      preferred_element_type=dtype,
     )
     if inputs.soft_cap is not None:
       logits = inputs.soft_cap * jnp.tanh(logits / inputs.soft_cap)
@@ -195,9 +233,14 @@ def _segments(inputs, segments, rows):
     decay = jnp.exp(m - safe)
     l = l * decay + weights.sum(axis=-1)
     o = o * decay[..., None] + jnp.einsum(
-      "wkrs,wksh->wkrh", weights, v, precision="highest"
+      "wkrs,wksh->wkrh",
+      weights.astype(operand),
+      v,
+      precision="highest",
+      preferred_element_type=dtype,
     )
-    return tuple(x.at[row].set(y) for x, y in zip(state, (new_m, l, o)))
+    state = tuple(x.at[row].set(y) for x, y in zip(state, (new_m, l, o)))
+    return state, locate(i + 1)
 
   shape = (W + S - 1, K, rows * G)
   state = (
@@ -205,7 +248,7 @@ def _segments(inputs, segments, rows):
     jnp.zeros(shape, dtype),
     jnp.zeros((*shape, H), dtype),
   )
-  state = lax.fori_loop(0, share, one_tile, state)
+  state, _ = lax.fori_loop(0, share, one_tile, (state, locate(0)))
   first_row = firsts // jnp.maximum(share, 1) + jnp.arange(S)
   last_row = (
     jnp.maximum(ends - 1, firsts) // jnp.maximum(share, 1) + jnp.arange(S)
