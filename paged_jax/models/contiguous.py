@@ -70,7 +70,11 @@ def prefill(
   cache: ContiguousCache,
   tokens: Int[Array, "B S0"],
   num_tokens: Int[Array, "B"],
-) -> tuple[Float[Array, "B vocab"], ContiguousCache]:
+  *,
+  every: bool = False,
+) -> tuple[
+  Float[Array, "B vocab"] | Float[Array, "B S0 vocab"], ContiguousCache
+]:
   """Fills an empty cache with prompts.
 
   Args:
@@ -78,16 +82,20 @@ def prefill(
     cache: an empty cache of B rows; donate it.
     tokens: int32 [B, S0], prompts, padded at the right with any id.
     num_tokens: int32 [B], tokens of each prompt, 1..S0.
+    every: whether the logits of all tokens are wanted (static).
 
   Returns:
-    (logits of each row's last token [B, vocab] float32, cache).
+    (logits of each row's last token [B, vocab] float32, cache); with `every`
+    of all tokens [B, S0, vocab], meaningless where a prompt has none.
   """
   B, S = tokens.shape
   attend = functools.partial(_attend_new, batch=B)
-  last = jnp.arange(B) * S + num_tokens - 1
+  rows = None if every else jnp.arange(B) * S + num_tokens - 1
   logits, cache = model(
-    tokens.reshape(-1), cache, _fresh(B, S), rows=last, attend=attend
+    tokens.reshape(-1), cache, _fresh(B, S), rows=rows, attend=attend
   )
+  if every:
+    logits = logits.reshape(B, S, -1)
   return logits, dataclasses.replace(cache, lengths=num_tokens)
 
 
