@@ -3,14 +3,15 @@
     pending prompts --chunks of T tokens--> prefill --> active rows
     active rows     --one token a row-----> decode  --> done: pages released
 
-Rows that find no free page wait until others finish. The host decides who
-takes part; everything else happens in the two compiled steps.
+Rows that find no free page wait until others finish. Where all wait, the last
+row gives up its pages, and starts again from its tokens when a row is done. The
+host decides who takes part; everything else happens in the compiled steps.
 """
 
-import collections
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import itertools
 import time
 
 from flax import nnx
@@ -159,39 +160,34 @@ class Generator:
 
     Raises:
       ValueError: a prompt is empty, too long, or holds an unknown id.
-      RuntimeError: no row can go on, since the pool has too few pages.
+      RuntimeError: the pool has too few pages for one row alone.
     """
     B = self._table.num_sequences
     self._check(prompts, max_new_tokens)
     if permute_seed is not None:
       self._scatter_pages(prompts, max_new_tokens, permute_seed)
-    pending = collections.OrderedDict(
-      (b, np.asarray(prompt, np.int32)) for b, prompt in enumerate(prompts)
-    )
+    pending = {b: np.asarray(p, np.int32) for b, p in enumerate(prompts)}
     fed = np.zeros(B, np.int32)  # the last token of each active row
     active = np.zeros(B, bool)
+    evicted = {}  # rows that gave up their pages, and their tokens
     texts = [[] for _ in prompts]
     reasons = [""] * len(prompts)
-    key, step = jax.random.key(seed), 0
+    keys = (
+      jax.random.fold_in(jax.random.key(seed), i) for i in itertools.count()
+    )
     try:
       while pending or active.any():
         progress = False
         if pending:
-          progress, rows, new = self._prefill(
-            pending, jax.random.fold_in(key, step), on_step
-          )
-          step += 1
+          progress, rows, new = self._prefill(pending, next(keys), on_step)
         if not progress:
-          progress, rows, new = self._decode(
-            active, fed, jax.random.fold_in(key, step), on_step
-          )
-          step += 1
+          progress, rows, new = self._decode(active, fed, next(keys), on_step)
         if not progress:
-          raise RuntimeError(
-            f"num_pages is {self._table.num_pages}: {int(active.sum())} rows "
-            f"and {len(pending)} prompts wait and no page is free; make the "
-            "pool larger or the batch smaller"
-          )
+          last = self._evict()
+          pending.pop(last, None)
+          evicted[last] = np.array([*prompts[last], *texts[last]], np.int32)
+          active[last] = False
+          continue
         done = np.zeros(B, bool)
         for b in rows:
           texts[b].append(int(new[b]))
@@ -203,6 +199,8 @@ class Generator:
         if done.any():
           active &= ~done
           self._table = self._release(self._table, jnp.asarray(done))
+          pending.update(sorted(evicted.items()))
+          evicted.clear()
     finally:
       everything = jnp.ones(B, bool)
       self._table = self._release(self._table, everything)
@@ -241,6 +239,18 @@ class Generator:
     output = self._run("decode", self.decode, fed, active, ones, key, on_step)
     ok, new = jax.device_get((output.ok, output.next_tokens))
     return ok.any(), np.flatnonzero(ok), new
+
+  def _evict(self):
+    """Takes the pages of the last row that has any; returns the row."""
+    owners = np.flatnonzero(self._table.lengths)
+    if len(owners) < 2:
+      raise RuntimeError(
+        f"num_pages is {self._table.num_pages}: a row needs more than all of "
+        "them; make the pool larger or the prompt shorter"
+      )
+    rows = np.arange(self._table.num_sequences) == owners[-1]
+    self._table = self._release(self._table, jnp.asarray(rows))
+    return int(owners[-1])
 
   def _run(self, kind, function, tokens, rows, num_tokens, key, on_step):
     start = time.perf_counter()

@@ -8,11 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_jax.cache import page_table
-from paged_jax.cache import permute
-from paged_jax.cache import pool
-from paged_jax.models import contiguous
-from paged_jax.models import huggingface
+from paged_jax.cache import page_table, permute, pool
+from paged_jax.models import contiguous, huggingface
 from paged_jax.models import step as step_lib
 from tests.models import checkpoints
 
