@@ -22,7 +22,7 @@ VARIANTS = {
 }
 
 
-def variant(name):
+def variant(name, **changes):
   """A small config: N 4, K 2, H 8, two layers."""
   sizes = dict(
     vocab_size=96,
@@ -35,7 +35,7 @@ def variant(name):
     qkv_bias=False,
     qk_norm=False,
   )
-  return config_lib.named("tiny", **(sizes | VARIANTS[name]))
+  return config_lib.named("tiny", **(sizes | VARIANTS[name] | changes))
 
 
 def random_tensors(config, seed=0):
