@@ -34,6 +34,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
   config.geometries = (("smollm2-135m", 9, 3, 64),)
   config.gpu.geometry_page_sizes = config.page_sizes
   config.cpu.geometry_page_sizes = (8, 16, 64, 256)
+  config.cpu.interpret_page_sizes = (8, 16, 64, 256)
   if variant == "tiny":
     config.name = "smollm2_tiny"
     config.page_sizes = (16,)

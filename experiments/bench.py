@@ -21,7 +21,8 @@ import pathlib
 from absl import flags
 import jax
 
-from experiments.common import bench, cli
+from experiments import cli
+from experiments.common import bench
 from experiments.common import ceilings as ceilings_lib
 from experiments.common import records as records_lib
 from experiments.common import shapes as shapes_lib

@@ -7,20 +7,36 @@ import sys
 
 from absl import app, flags
 
+# What a user's mistake raises: a wrong value, weights or a library that are
+# not there, a pool too small, an implementation that cannot do the call.
+USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
 
-def run(main: Callable[[Sequence[str]], int | None], *, config: str) -> None:
-  """`absl.app.run` with a default config, and one line for a wrong flag.
+
+def run(
+  main: Callable[[Sequence[str]], int | None], *, config: str | None = None
+) -> None:
+  """`absl.app.run` with a default config, and one line for a wrong value.
 
   The main declares `DEFINE_config_file("config")` without a default: with one,
   ml_collections applies `--config.x=` flags as the module is imported, where a
   typo (it names the nearest known field) cannot be caught.
 
   Args:
-    main: takes argv, returns the exit code.
-    config: file used without `--config`, relative to the project's root.
+    main: takes argv, returns the exit code; USER_ERRORS of its own are taken
+      for the user's.
+    config: file used without `--config`, relative to the project's root; None
+      for a main that has no config.
   """
-  path = pathlib.Path(__file__).parents[1] / config
-  app.run(main, flags_parser=functools.partial(_parse, config=str(path)))
+
+  def guarded(argv):
+    try:
+      return main(argv)
+    except USER_ERRORS as error:
+      fail(error)
+
+  if config is not None:
+    config = str(pathlib.Path(__file__).parents[1] / config)
+  app.run(guarded, flags_parser=functools.partial(_parse, config=config))
 
 
 def fail(error: BaseException) -> None:
@@ -28,14 +44,17 @@ def fail(error: BaseException) -> None:
   sys.exit(f"error: {' '.join(str(error).split())}")
 
 
-def _parse(argv: Sequence[str], *, config: str) -> list[str]:
+def _parse(argv: Sequence[str], *, config: str | None) -> list[str]:
   argv = list(argv)
-  if not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv[1:]):
+  given = any(arg.lstrip("-").split("=")[0] == "config" for arg in argv[1:])
+  if config is not None and not given:
     argv.insert(1, f"--config={config}")
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    fail(error)
+    # What a config file raises arrives as a traceback: its last line says it.
+    first, *rest = str(error).strip().splitlines()
+    fail(ValueError(" ".join([first, *rest[-1:]])))
   except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
     # A missing field arrives as the text of a KeyError, quotes and all.
     text = str(error).strip("'\"").replace("\\n", " ").replace("\\'", "'")

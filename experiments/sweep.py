@@ -20,14 +20,15 @@ import jax
 from ml_collections import config_flags
 import tqdm
 
+from experiments import cli
 from experiments.common import ceilings as ceilings_lib
 from experiments.common import cells as cells_lib
-from experiments.common import cli, report, sources
 from experiments.common import grid as grid_lib
 from experiments.common import records as records_lib
+from experiments.common import report, sources
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", "configs/qwen.py", "A sweep: configs/qwen.py[:tiny], ..."
+  "config", help_string="A sweep; default configs/qwen.py."
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where the output goes; default out/sweep/<config name>."
@@ -45,15 +46,29 @@ def main(argv) -> int:
     raise ValueError(f"unknown argument {argv[1]!r}: flags start with --")
   grid = grid_lib.from_config(_CONFIG.value)
   workdir = pathlib.Path(_WORKDIR.value or f"out/sweep/{grid.name}")
-  records = records_lib.Records(workdir / "rows.jsonl")
   if _REPORT_ONLY.value:
-    if not records.rows():
-      raise ValueError(f"{records.path} has no rows: run the sweep first")
-    return _finish(records.rows(), workdir, 0, [])
+    rows = records_lib.Records(workdir / "rows.jsonl").rows()
+    if not rows:
+      raise ValueError(f"{workdir}/rows.jsonl has no rows: run the sweep first")
+    return _finish(rows, workdir, 0, [])
+  return sweep(grid, workdir, resume=_RESUME.value)
 
+
+def sweep(grid: grid_lib.Grid, workdir: pathlib.Path, *, resume: bool) -> int:
+  """Runs the cells of a grid, appends their rows, writes the report.
+
+  Args:
+    grid: the sweep.
+    workdir: where rows.jsonl and the report go.
+    resume: whether to keep the rows that are there and skip their cells.
+
+  Returns:
+    The exit code: 0, 1 if a cell is wrong or failed, 130 if interrupted.
+  """
+  records = records_lib.Records(workdir / "rows.jsonl")
   on_gpu = jax.default_backend() in ("gpu", "cuda")
   cells, elsewhere = grid_lib.expand(grid, on_gpu)
-  if not _RESUME.value and (old := records.set_aside()):
+  if not resume and (old := records.set_aside()):
     print(f"an earlier run's rows are kept as {old}")
   done = records.finished()
   todo = [cell for cell in cells if cell.key not in done]
@@ -111,4 +126,4 @@ def _finish(rows, workdir, seconds, elsewhere, code=0) -> int:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, config="configs/qwen.py")

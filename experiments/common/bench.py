@@ -21,13 +21,13 @@ from experiments.common import (
 from experiments.common import (
   problem as problem_lib,
 )
-from experiments.common.words import did_you_mean
 from paged_jax.ops import implementations
+from paged_jax.simulate import cases as words
 
 Row = dict[str, Any]
 
 
-def select(words: Sequence[str]) -> list[str]:
+def select(names: Sequence[str]) -> list[str]:
   """Returns shape names for names and the words all, decode, prefill, cpu.
 
   Raises:
@@ -44,11 +44,11 @@ def select(words: Sequence[str]) -> list[str]:
   for phase in shapes.PHASES:
     groups[phase] = [n for n, shape in stored.items() if shape.phase == phase]
   chosen: list[str] = []
-  for word in words:
+  for word in names:
     if word not in groups and word not in known:
       raise ValueError(
         f"--shape={word} is unknown: see --list"
-        + did_you_mean(word, [*known, *groups])
+        + words.did_you_mean(word, [*known, *groups])
       )
     chosen += groups.get(word, [word])
   return list(dict.fromkeys(chosen))
@@ -65,7 +65,7 @@ def check_names(names: Sequence[str]) -> list[str]:
     if name not in known:
       raise ValueError(
         f"--implementations has {name!r}: pass {', '.join(known)}"
-        + did_you_mean(name, known)
+        + words.did_you_mean(name, known)
       )
   return list(names)
 

@@ -29,6 +29,9 @@ from experiments.common import programs, shapes, timing, verify
 
 FAILED = ("wrong", "failed")
 
+# The truth is run once: trying many matmul algorithms on it is wasted.
+_QUICK = {"xla_gpu_autotune_level": 0}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -119,12 +122,13 @@ def _compile(pool, group, effort):
 
   def exact():
     with verify.precision(dtype):
-      return verify.exact(shape, dtype).lower(state, spec["query"]).compile()
+      program = verify.exact(shape, dtype)
+      return program.lower(state, spec["query"]).compile(_QUICK)
 
   def naive():
     program = verify.naive(shape)
     args = (spec[name] for name in ("query", "k", "v", "sinks"))
-    return program.lower(*args).compile()
+    return program.lower(*args).compile(_QUICK)
 
   def one(cell):
     program = programs.chain(

@@ -11,8 +11,8 @@ from typing import Any
 
 from experiments.common import cells as cells_lib
 from experiments.common import shapes
-from experiments.common.words import did_you_mean
 from paged_jax.ops import implementations
+from paged_jax.simulate import cases as words
 
 RATIO_AXIS = "ratio axis"
 
@@ -28,6 +28,8 @@ class Scale:
     page_sizes: those of the grid that run, in tokens.
     ratios: those of the grid that run.
     geometry_page_sizes: page sizes of the models' own geometries.
+    interpret_page_sizes: page sizes at which Pallas kernels are interpreted,
+      where there is no GPU; (): none.
     decode_batch: B of decode.
     decode_context: tokens of the longest sequence of decode.
     prefill_batch: B of prefill.
@@ -45,6 +47,7 @@ class Scale:
   page_sizes: tuple[int, ...]
   ratios: tuple[int, ...]
   geometry_page_sizes: tuple[int, ...]
+  interpret_page_sizes: tuple[int, ...]
   decode_batch: int
   decode_context: int
   prefill_batch: int
@@ -132,42 +135,55 @@ def expand(
 ) -> tuple[list[cells_lib.Cell], list[cells_lib.Cell]]:
   """Returns (cells that run here, cells that need a GPU).
 
-  Cells of one shape stand together.
+  The second are the cells of the GPU's scale without a native counterpart
+  here. Cells of one shape stand together.
   """
+  if on_gpu:
+    return _cells(grid, grid.gpu, interpret=False), []
+  here = _cells(grid, grid.cpu, interpret=True)
+  native = {_place(cell) for cell in here if not cell.interpret}
+  full = _cells(grid, grid.gpu, interpret=False)
+  return here, [cell for cell in full if _place(cell) not in native]
+
+
+def _cells(grid, scale, interpret):
   heads = [
     (RATIO_AXIS, (grid.ratio_heads, grid.ratio_heads // g, grid.ratio_head_dim))
     for g in grid.ratios
+    if g in scale.ratios
   ]
   heads += [(name, tuple(rest)) for name, *rest in grid.geometries]
-  here, elsewhere = [], []
+  cells = []
   for phase in grid.phases:
     for group, geometry in heads:
-      for page_size in _page_sizes(grid, grid.gpu, group):
-        runs_here = on_gpu or _in_scale(grid.cpu, group, geometry, page_size)
-        scale = grid.gpu if on_gpu or not runs_here else grid.cpu
+      sizes = scale.page_sizes
+      if group != RATIO_AXIS:
+        sizes = scale.geometry_page_sizes
+      for page_size in grid.page_sizes:
+        if page_size not in sizes:
+          continue
         shape = _shape(grid, scale, phase, group, geometry, page_size)
-        names = scale.implementations
-        for name in names:
-          cell = cells_lib.Cell(
-            group=group,
-            shape=shape,
-            implementation=name,
-            interpret=not on_gpu and name in implementations.PALLAS,
+        for name in scale.implementations:
+          interpreted = interpret and name in implementations.PALLAS
+          if interpreted and page_size not in scale.interpret_page_sizes:
+            continue
+          cells.append(
+            cells_lib.Cell(
+              group=group,
+              shape=shape,
+              implementation=name,
+              interpret=interpreted,
+            )
           )
-          (here if runs_here else elsewhere).append(cell)
-  return here, elsewhere
+  return cells
 
 
-def _page_sizes(grid, scale, group):
-  mine = scale.page_sizes if group == RATIO_AXIS else scale.geometry_page_sizes
-  return [p for p in grid.page_sizes if p in mine]
-
-
-def _in_scale(scale, group, geometry, page_size):
-  if group != RATIO_AXIS:
-    return page_size in scale.geometry_page_sizes
-  ratio = geometry[0] // geometry[1]
-  return page_size in scale.page_sizes and ratio in scale.ratios
+def _place(cell):
+  shape = cell.shape
+  return (
+    cell.group, shape.group_size, shape.phase, shape.page_size,
+    cell.implementation,
+  )
 
 
 def _shape(grid, scale, phase, group, geometry, page_size):
@@ -230,6 +246,6 @@ def _known(name, values, known, prefix):
     if value not in known:
       raise ValueError(
         f"config.{prefix}{name} has {value!r}: pass "
-        f"{', '.join(known)}" + did_you_mean(value, known)
+        f"{', '.join(known)}" + words.did_you_mean(value, known)
       )
 

@@ -50,7 +50,8 @@ class RandomSource:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _normal(key, size, dtype):
-  return jax.random.normal(key, size, dtype)
+  # Drawn in float32: bfloat16's own draws know a few hundred values only.
+  return jax.random.normal(key, size, jnp.float32).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

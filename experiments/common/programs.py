@@ -95,4 +95,4 @@ def chain(
 
 def pool_layers(shape: shapes.Shape, cold_bytes: int, most: int = 32) -> int:
   """L: so many that the K and V of all layers reach `cold_bytes`."""
-  return min(most, -(-cold_bytes // max(shape.kv_bytes, 1)))
+  return max(1, min(most, -(-cold_bytes // max(shape.kv_bytes, 1))))
