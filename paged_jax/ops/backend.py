@@ -7,7 +7,7 @@ Triton half: `triton_call` launches a kernel, `load` and `store` are its masked
 accesses, `dot` its matrix product.
 
 Mosaic half: `mosaic` is the dialect, `mosaic_call` launches a kernel,
-`matmul` and `matmul_add` are its tensor-core products.
+`matmul` and `matmul_add` are its tensor-core products, `copy_if` its copy.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,6 +75,20 @@ def store(ref: Any, value: jax.Array, mask: jax.Array) -> None:
   plt.store(ref, value.astype(ref.dtype), mask=mask)
 
 
+def exp2(x: jax.Array, interpret: bool) -> jax.Array:
+  """Returns 2**x in float32 by one instruction; denormal results are 0."""
+  if interpret:
+    return jnp.exp2(x)
+  (out,) = plt.elementwise_inline_asm(
+    "ex2.approx.ftz.f32 $0, $1;",
+    args=[x],
+    constraints="=f,f",
+    pack=1,
+    result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+  )
+  return out
+
+
 def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:
   """Returns a @ b, or a @ b.T, in float32; float32 inputs never take TF32."""
   return lax.dot_general(
@@ -139,8 +153,8 @@ def mosaic_call(
 
 def matmul(a: Any, b: Any, shape: tuple[int, int], interpret: bool) -> Any:
   """Returns a @ b.T in float32, [64, n]; a [64, k] and b [n, k] in SMEM."""
-  if interpret:  # The interpreter knows only part of WGMMA.
-    return _f32_dot(a[...], b[...].T)
+  if interpret:
+    return _simulated_dot(a[...], b[...].T)
 
   def compute(acc):
     mosaic.wgmma(acc, a, b.transpose((1, 0)))
@@ -152,7 +166,7 @@ def matmul(a: Any, b: Any, shape: tuple[int, int], interpret: bool) -> Any:
 def matmul_add(acc: Any, a: Any, b: Any, interpret: bool) -> Any:
   """Returns acc + a @ b in float32; a in registers, b [k, n] in SMEM."""
   if interpret:
-    return acc + _f32_dot(a, b[...])
+    return acc + _simulated_dot(a, b[...])
 
   def compute(acc_ref):
     mosaic.wgmma(acc_ref, a, b)
@@ -160,7 +174,41 @@ def matmul_add(acc: Any, a: Any, b: Any, interpret: bool) -> Any:
   return pl.run_state(compute)(mosaic.ACC.init(acc))
 
 
-def _f32_dot(a, b):
+def wait_for_previous_kernel(interpret: bool) -> None:
+  """Blocks until what earlier kernels wrote is there; see the next."""
+  if not interpret:
+    mosaic.griddepcontrol_wait()
+
+
+def start_next_kernel(interpret: bool) -> None:
+  """Lets the next kernel be launched now, if it waits as above."""
+  if not interpret:
+    mosaic.griddepcontrol_launch_dependents()
+
+
+def copy_if(
+  live: Any, source: Any, target: Any, barrier: Any, interpret: bool
+) -> None:
+  """Copies to shared memory if `live`; arrives on `barrier` in any case."""
+  if not interpret:
+    mosaic.copy_gmem_to_smem(source, target, barrier, predicate=live)
+    return
+
+  # The interpreter has no predicate.
+  @pl.when(live)
+  def _():
+    mosaic.copy_gmem_to_smem(source, target, barrier)
+
+  @pl.when(jnp.logical_not(live))
+  def _():
+    mosaic.barrier_arrive(barrier)
+
+
+def _simulated_dot(a, b):
+  """Stands for WGMMA, of which the interpreter knows only a part."""
+  # WGMMA reads by the async proxy, which orders it before later copies; these
+  # were ordinary reads, which the race detector wants fenced.
+  mosaic.commit_smem()
   return jnp.dot(
     a.astype(jnp.float32),
     b.astype(jnp.float32),

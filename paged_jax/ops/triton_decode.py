@@ -29,6 +29,7 @@ from paged_jax.ops import triton_tiles as tl
 from paged_jax.ops.inputs import Inputs
 
 _MERGE_BLOCK = 16  # partials merged at a time
+_MERGE_WARPS = 1  # thousands of tiny programs: barriers cost more than width
 
 
 def attend(
@@ -80,10 +81,10 @@ def attend(
       jax.ShapeDtypeStruct((T, N, H), inputs.query.dtype),
       jax.ShapeDtypeStruct((T, N), jnp.float32),
     ),
-    num_warps=4,
+    num_warps=_MERGE_WARPS,
     num_stages=1,
     interpret=interpret,
-  )(parts, part_lse, *operands[-2:], *sinks)
+  )(parts, part_lse, *operands[6:], *sinks)
 
 
 def _choose(inputs, interpret):
@@ -91,14 +92,18 @@ def _choose(inputs, interpret):
   rows = inputs.group_size * inputs.max_query_length
   block_rows = min(tl.padded(rows), 64)
   if interpret:  # small tiles, so that small problems have several
-    return tl.make_tiles(inputs, block_rows, 32), 4, 2, 12
-  # 16 KiB of K and of V a pipeline stage.
+    return tl.make_tiles(inputs, interpret, block_rows, 32), 4, 2, 12
+  # Measured on an H100: K and V tiles of 32 KiB, of 8 KiB at H = 64.
   row_bytes = tl.padded(inputs.head_dim) * inputs.query.dtype.itemsize
-  block_kv = min(max(16384 // row_bytes, 16), 128)
+  if inputs.query.dtype.itemsize == 4:  # no tensor cores: registers are short
+    block_kv = max(16384 // row_bytes, 16)
+  else:
+    block_kv = 64 if row_bytes <= 128 else 32768 // row_bytes
   # Two programs fit an SM of a 132-SM chip: one wave for a few sequences,
   # several for many, since ragged ones end at different times.
-  programs = min(max(264, 4 * inputs.num_sequences * inputs.num_kv_heads), 2112)
-  return tl.make_tiles(inputs, block_rows, block_kv), 4, 3, programs
+  programs = min(max(264, 4 * inputs.num_sequences * inputs.num_kv_heads), 1056)
+  tiles = tl.make_tiles(inputs, interpret, block_rows, min(block_kv, 128))
+  return tiles, 4, 3, programs
 
 
 def _row_tiles(tiles, length, query_length):
@@ -117,15 +122,18 @@ def _chunk_counts(tiles, per_head, lengths_ref, starts_ref):
   b = jnp.arange(tl.padded(tiles.num_sequences), dtype=jnp.int32)
   inside = b < tiles.num_sequences
   length = backend.load(lengths_ref.at[b], inside)
-  start = backend.load(starts_ref.at[b], inside)
-  end = backend.load(starts_ref.at[b + 1], inside)
-  _, count = _row_tiles(tiles, length, end - start)
+  start, end = (
+    tl.load_starts(tiles, starts_ref, i, inside) for i in (b, b + 1)
+  )
+  _, count = _row_tiles(tiles, length, jnp.where(inside, end - start, 0))
   chunk = jnp.maximum(tl.cdiv(jnp.sum(count), per_head), 1)
   return lax.div(count + chunk - 1, jnp.broadcast_to(chunk, count.shape))
 
 
 def _kernel(tiles, row_tiles, per_head, query_ref, k_ref, v_ref, k_table,
-            v_table, layer_ref, lengths_ref, starts_ref, out_ref, lse_ref):
+            v_table, layer_ref, lengths_ref, *rest):
+  *starts_ref, out_ref, lse_ref = rest
+  starts_ref = None if tiles.decode else starts_ref[0]
   B, G = tiles.num_sequences, tiles.group_size
   counts = _chunk_counts(tiles, per_head, lengths_ref, starts_ref)
   chunk = pl.program_id(1)
@@ -135,8 +143,8 @@ def _kernel(tiles, row_tiles, per_head, query_ref, k_ref, v_ref, k_table,
 
   @pl.when(b < B)
   def _():
-    start = starts_ref[b]
-    query_length = starts_ref[b + 1] - start
+    start = tl.load_starts(tiles, starts_ref, b)
+    query_length = tl.load_starts(tiles, starts_ref, b + 1) - start
     length = jnp.minimum(lengths_ref[b], tiles.capacity)
     first_tile, num_tiles = _row_tiles(tiles, length, query_length)
     index = jnp.arange(counts.shape[0], dtype=jnp.int32)
@@ -168,20 +176,21 @@ def _kernel(tiles, row_tiles, per_head, query_ref, k_ref, v_ref, k_table,
       backend.store(lse_ref.at[chunk, kv_head, row], lse, valid)
 
 
-def _merge(tiles, per_head, parts_ref, part_lse_ref, lengths_ref, starts_ref,
-           *rest):
-  *sinks, out_ref, lse_ref = rest
+def _merge(tiles, per_head, parts_ref, part_lse_ref, lengths_ref, *rest):
+  *rest, out_ref, lse_ref = rest
+  starts_ref = None if tiles.decode else rest[0]
+  sinks = rest if tiles.decode else rest[1:]
   B, G = tiles.num_sequences, tiles.group_size
   head, token = pl.program_id(0), pl.program_id(1)
   counts = _chunk_counts(tiles, per_head, lengths_ref, starts_ref)
   index = jnp.arange(counts.shape[0], dtype=jnp.int32)
-  # Row b owns the token: it is the last whose start is not beyond it.
-  end = backend.load(starts_ref.at[index + 1], index < B)
+  # The token's row is behind all rows that end at or before it.
+  end = tl.load_starts(tiles, starts_ref, index + 1, index < B)
   b = jnp.sum(((index < B) & (end <= token)).astype(jnp.int32))
   first = jnp.sum(jnp.where(index < b, counts, 0))
   pieces = jnp.sum(jnp.where(index == b, counts, 0))
   kv_head = lax.div(head, jnp.int32(G))
-  start = starts_ref[jnp.minimum(b, B)]
+  start = tl.load_starts(tiles, starts_ref, b)
   row = (token - start) * G + lax.rem(head, jnp.int32(G))
   cols = jnp.arange(tiles.padded_head_dim, dtype=jnp.int32)
 

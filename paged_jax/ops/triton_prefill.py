@@ -58,11 +58,14 @@ def attend(
 def _choose(inputs, interpret):
   """Returns (tiles, num_warps, num_stages)."""
   if interpret:  # small tiles, so that small problems have several
-    return tl.make_tiles(inputs, 32, 32), 4, 2
+    return tl.make_tiles(inputs, interpret, 32, 32), 4, 2
   row_bytes = tl.padded(inputs.head_dim) * inputs.query.dtype.itemsize
   if inputs.query.dtype.itemsize == 4:  # no tensor cores: registers are short
-    return tl.make_tiles(inputs, 32, 32 if row_bytes <= 512 else 16), 4, 2
-  return tl.make_tiles(inputs, 128, 64), 8, 3 if row_bytes <= 256 else 2
+    block_kv = 32 if row_bytes <= 512 else 16
+    return tl.make_tiles(inputs, interpret, 32, block_kv), 4, 2
+  block_kv = 128 if row_bytes == 256 else 64
+  num_stages = 2 if row_bytes <= 128 else 3
+  return tl.make_tiles(inputs, interpret, 128, block_kv), 8, num_stages
 
 
 def _kernel(tiles, num_tiles, query_ref, k_ref, v_ref, k_table, v_table,

@@ -27,7 +27,6 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-import numpy as np
 
 from paged_jax.ops import backend
 from paged_jax.ops.inputs import Inputs
@@ -56,6 +55,8 @@ class Tiles:
   window: int | None
   soft_cap: float | None
   combined: bool  # whether V has a table of its own
+  decode: bool  # one token a sequence: there are no query_starts
+  interpret: bool
   block_rows: int  # rows a tile, a power of two
   block_kv: int  # keys a tile, a power of two
 
@@ -72,7 +73,9 @@ class Tiles:
     return self.max_pages * self.page_size
 
 
-def make_tiles(inputs: Inputs, block_rows: int, block_kv: int) -> Tiles:
+def make_tiles(
+  inputs: Inputs, interpret: bool, block_rows: int, block_kv: int
+) -> Tiles:
   return Tiles(
     num_tokens=inputs.num_tokens,
     num_heads=inputs.num_heads,
@@ -87,6 +90,8 @@ def make_tiles(inputs: Inputs, block_rows: int, block_kv: int) -> Tiles:
     window=inputs.window,
     soft_cap=inputs.soft_cap,
     combined=inputs.combined,
+    decode=inputs.decode,
+    interpret=interpret,
     block_rows=block_rows,
     block_kv=block_kv,
   )
@@ -178,7 +183,7 @@ def attend(
 
   Args:
     tiles: sizes.
-    pools: refs (k_pages, v_pages, k_table, v_table, layer).
+    pools: refs (K rows, V rows, k_table, v_table, layer).
     row: row of the page tables.
     kv_head: kv head.
     query: query rows.
@@ -189,13 +194,16 @@ def attend(
     carry: the online softmax so far.
     masked: False promises that every row sees every key of these tiles.
   """
-  k_pages, v_pages, k_table, v_table, layer_ref = pools
+  k_rows, v_rows, k_table, v_table, layer_ref = pools
   layer, p = layer_ref[0], jnp.int32(tiles.page_size)
   one_page = tiles.page_size % tiles.block_kv == 0
 
-  def pages_of(table, column, live):
-    page = backend.load(table.at[row, column], live)
-    return jnp.clip(page, 0, tiles.num_pages - 1)
+  def load_tile(ref, table, column, offset, live):
+    """The tokens at `offset` of the pages that `column` of the table names."""
+    page = backend.load(table.at[row, column], None if one_page else live)
+    page = layer * tiles.num_pages + jnp.clip(page, 0, tiles.num_pages - 1)
+    token = (page * tiles.num_kv_heads + kv_head) * p + offset
+    return load_rows(tiles, ref, (token,), live)
 
   def body(i, carry):
     acc, m, l = carry
@@ -204,16 +212,15 @@ def attend(
     live = None
     if masked:
       live = (positions >= seen[0]) & (positions < seen[1])
-    if one_page:  # the whole tile lies in one page
-      column, offset, some = lax.div(first, p), lax.rem(positions, p), None
+    column = lax.div(first if one_page else positions, p)
+    offset = positions - column * p
+    k = load_tile(k_rows, k_table, column, offset, live)
+    s = backend.dot(query, k, transpose_b=True)
+    if tiles.soft_cap is None:
+      s = s * (tiles.scale * LOG2E)
     else:
-      column, offset, some = lax.div(positions, p), lax.rem(positions, p), live
-    page = pages_of(k_table, column, some)
-    k = load_rows(tiles, k_pages, (layer, page, kv_head, offset), live)
-    s = backend.dot(query, k, transpose_b=True) * tiles.scale
-    if tiles.soft_cap is not None:
-      s = tiles.soft_cap * jnp.tanh(s * (1 / tiles.soft_cap))
-    s = s * LOG2E
+      s = jnp.tanh(s * (tiles.scale / tiles.soft_cap))
+      s = s * (tiles.soft_cap * LOG2E)
     if masked:
       visible = jnp.broadcast_to(live[None], s.shape)
       if tiles.causal:
@@ -223,12 +230,11 @@ def attend(
       s = jnp.where(visible, s, -jnp.inf)
     top = jnp.maximum(m, jnp.max(s, axis=1))
     base = jnp.where(top == -jnp.inf, 0.0, top) if masked else top
-    decay = jnp.exp2(m - base)
-    weights = jnp.exp2(s - base[:, None])
+    decay = backend.exp2(m - base, tiles.interpret)
+    weights = backend.exp2(s - base[:, None], tiles.interpret)
     l = l * decay + jnp.sum(weights, axis=1)
-    if tiles.combined:
-      page = pages_of(v_table, column, some)
-    v = load_rows(tiles, v_pages, (layer, page, kv_head, offset), live)
+    table = v_table if tiles.combined else k_table
+    v = load_tile(v_rows, table, column, offset, live)
     acc = acc * decay[:, None] + backend.dot(weights.astype(v.dtype), v)
     return acc, top, l
 
@@ -253,17 +259,33 @@ def finish(
 
 
 def operands(inputs: Inputs) -> tuple[jax.Array, ...]:
-  """The arrays every kernel takes, in the order of its first refs."""
-  starts = inputs.query_starts
-  if inputs.decode:  # a constant of the program costs no kernel, an iota does
-    starts = np.arange(inputs.num_sequences + 1, dtype=np.int32)
-  return (
+  """The arrays every kernel takes, in the order of its first refs.
+
+  Pools become rows [L*P*K*p, H], so that a token's address is one product.
+  Decode gets no query_starts: the iota they are would be a kernel of its own.
+  """
+  num_rows = math.prod(inputs.k_pages.shape[:-1])
+  if num_rows >= 2**31:
+    raise NotImplementedError(
+      f"k_pages holds {num_rows} rows of H: row ids are int32; use fewer "
+      "pages or layers a pool"
+    )
+  flat = (
     inputs.query,
-    inputs.k_pages,
-    inputs.v_pages,
+    inputs.k_pages.reshape(num_rows, inputs.head_dim),
+    inputs.v_pages.reshape(num_rows, inputs.head_dim),
     inputs.k_table,
     inputs.v_table,
     inputs.layer.reshape(1),
     inputs.lengths,
-    starts,
   )
+  return flat if inputs.decode else (*flat, inputs.query_starts)
+
+
+def load_starts(
+  tiles: Tiles, starts_ref: Any | None, b: Any, mask: Any = None
+) -> Any:
+  """Returns query_starts[b] of a row or a vector of rows."""
+  if starts_ref is None:
+    return b
+  return backend.load(starts_ref.at[b], mask)
