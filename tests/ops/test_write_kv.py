@@ -1,0 +1,231 @@
+"""The slot writer: the right slots, no others, and never a copy of the pool."""
+
+import re
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged_jax
+
+L, P, K, p, H = 3, 10, 2, 4, 8  # sizes of the exhaustive tests
+NULLS = (-1, -2, -P * p, P * p, P * p + 1, 2**31 - 1, -(2**31))
+
+
+def _pool(rng, *lead, dtype=np.float32):
+  """Random bits, NaN and Inf among them: a copy must keep every one."""
+  pool = rng.standard_normal((*lead, P, K, p, H)).astype(dtype)
+  flat = pool.reshape(-1)
+  flat[rng.integers(0, flat.size, 20)] = np.nan
+  flat[rng.integers(0, flat.size, 20)] = -np.inf
+  return pool
+
+
+def _by_loop(pool, rows, slots, layer):
+  """The whole pool, slot by slot."""
+  pool = pool.copy()
+  view = pool if layer is None else pool[layer]
+  for page in range(P):
+    for offset in range(p):
+      for token, slot in enumerate(slots.tolist()):
+        if slot == page * p + offset:
+          view[page, :, offset] = rows[token]
+  return pool
+
+
+def _same_bits(a, b):
+  a, b = np.asarray(a), np.asarray(b)
+  assert a.dtype == b.dtype and a.shape == b.shape
+  assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("traced", (False, True))
+@pytest.mark.parametrize("layer", (None, 0, L - 1))
+def test_every_slot_against_a_loop(layer, traced):
+  rng = np.random.default_rng(layer or 7)
+  lead = () if layer is None else (L,)
+  slots = rng.permutation(np.r_[np.arange(0, P * p, 2), NULLS])
+  slots = slots.astype(np.int32)
+  k_pages, v_pages = _pool(rng, *lead), _pool(rng, *lead)
+  k, v = rng.standard_normal((2, len(slots), K, H)).astype(np.float32)
+  write = paged_jax.write_kv
+  if traced:
+    write = jax.jit(paged_jax.write_kv)
+  arrays = map(jnp.asarray, (k_pages, v_pages, k, v, slots))
+  got_k, got_v = write(*arrays, layer=layer)
+  _same_bits(got_k, _by_loop(k_pages, k, slots, layer))
+  _same_bits(got_v, _by_loop(v_pages, v, slots, layer))
+
+
+@pytest.mark.parametrize("slot", range(P * p))
+def test_one_token_in_each_slot(slot):
+  rng = np.random.default_rng(slot)
+  pool, rows = _pool(rng, L), rng.standard_normal((1, K, H), np.float32)
+  slots = np.array([slot], np.int32)
+  layer = slot % L
+  got, _ = _WRITE(*map(jnp.asarray, (pool, pool, rows, rows, slots)), layer)
+  _same_bits(got, _by_loop(pool, rows, slots, layer))
+
+
+@pytest.mark.parametrize("slot", NULLS)
+def test_null_slots_change_nothing(slot):
+  rng = np.random.default_rng(0)
+  pool = _pool(rng, L)
+  rows = np.ones((1, K, H), np.float32)
+  slots = np.array([slot], np.int32)
+  for layer in range(L):
+    got = _WRITE(*map(jnp.asarray, (pool, pool, rows, rows, slots)), layer)
+    _same_bits(got[0], pool)
+    _same_bits(got[1], pool)
+
+
+@pytest.mark.parametrize("one_pool", (False, True))
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, np.float32))
+def test_slots_of_their_own_for_k_and_v(one_pool, dtype):
+  rng = np.random.default_rng(1)
+  order = rng.permutation(P * p).astype(np.int32)
+  slots = np.stack([order[:9], order[9:18]])
+  slots[0, 3], slots[1, 5] = -1, P * p
+  k_pages, v_pages = _pool(rng, dtype=dtype), _pool(rng, dtype=dtype)
+  k, v = rng.standard_normal((2, 9, K, H)).astype(dtype)
+  got_k, got_v = paged_jax.write_kv(
+    jnp.asarray(k_pages),
+    None if one_pool else jnp.asarray(v_pages),
+    *map(jnp.asarray, (k, v, slots)),
+  )
+  want = _by_loop(k_pages, k, slots[0], None)
+  if one_pool:
+    assert got_v is None
+    _same_bits(got_k, _by_loop(want, v, slots[1], None))
+  else:
+    _same_bits(got_k, want)
+    _same_bits(got_v, _by_loop(v_pages, v, slots[1], None))
+
+
+_WRITE = jax.jit(
+  lambda k_pages, v_pages, k, v, slots, layer: paged_jax.write_kv(
+    k_pages, v_pages, k, v, slots, layer=layer
+  )
+)
+
+
+# --- in place, read off the compiled program --------------------------------
+
+# Of an array as large as the pool, or as one layer of it, these make no copy.
+_IN_PLACE = (
+  "parameter",
+  "bitcast",
+  "get-tuple-element",
+  "scatter",
+  "dynamic-update-slice",
+)
+
+
+def _copies(function, donated, *arrays):
+  """Instructions that make a new array of a pool's, or a layer's, size."""
+  function = jax.jit(function, donate_argnums=tuple(range(donated)))
+  text = function.lower(*arrays).compile().as_text()
+  aliases = re.search(r"input_output_alias=\{(.*?) \}", text).group(1)
+  assert aliases.count("alias)") == donated, aliases
+  pool = arrays[0].shape
+  sizes = (np.prod(pool), np.prod(pool[-4:]))
+  found = []
+  for line in text.splitlines():
+    made = re.search(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
+    if made is None:
+      continue
+    size = np.prod([int(x) for x in made[1].split(",")])
+    # The CPU compiler wraps the scatter in a fusion of its own, in place.
+    scatter = made[2] == "fusion" and "scatter" in line
+    if size in sizes and made[2] not in _IN_PLACE and not scatter:
+      found.append(line.strip()[:120])
+  return found
+
+
+def _big(*lead):
+  # Of a size that nothing else in these programs has.
+  return jnp.zeros((*lead, 53, K, 16, 32))
+
+
+def _rows(num_tokens=4):
+  k = jnp.ones((num_tokens, K, 32))
+  return k, jnp.arange(num_tokens, dtype=jnp.int32) * 17
+
+
+@pytest.mark.parametrize("lead", ((), (L,)))
+def test_no_copy_of_donated_pools(lead):
+  k, slots = _rows()
+
+  def write(k_pages, v_pages, k, slots, layer):
+    layer = layer if lead else None
+    return paged_jax.write_kv(k_pages, v_pages, k, k, slots, layer=layer)
+
+  pools = (_big(*lead), _big(*lead))
+  assert not _copies(write, 2, *pools, k, slots, jnp.int32(1))
+
+
+def test_the_search_finds_a_copy():
+  k, slots = _rows()
+
+  def keeps_the_old(k_pages, k, slots):
+    new, _ = paged_jax.write_kv(k_pages, k_pages, k, k, slots, layer=0)
+    return new, new[1, 2] + k_pages[1, 2]
+
+  def slices_a_layer(k_pages, k, slots):
+    pages = lax.dynamic_index_in_dim(k_pages, slots[0], keepdims=False)
+    pages, _ = paged_jax.write_kv(pages, pages, k, k, slots)
+    return lax.dynamic_update_index_in_dim(k_pages, pages, slots[0], 0)
+
+  assert _copies(keeps_the_old, 1, _big(L), k, slots)
+  assert _copies(slices_a_layer, 1, _big(L), k, slots)
+
+
+@pytest.mark.parametrize("one_pool", (False, True))
+@pytest.mark.parametrize("scanned", (False, True))
+@pytest.mark.parametrize("packed", (False, True))
+def test_no_copy_in_a_step_that_writes_then_attends(packed, scanned, one_pool):
+  """All layers of a step, whose queries, keys and values follow each other."""
+  num_pages, B, layers = 53, 4, 2
+  _, slots = _rows(B)
+  table = jnp.arange(B * 4, dtype=jnp.int32).reshape(B, 4)
+  lengths = jnp.full((B,), 50, jnp.int32)
+  ragged = {}
+  if packed:
+    starts = jnp.array([0, 3, 3, 4, 4], jnp.int32)
+    ragged = dict(query_starts=starts, max_query_length=3)
+
+  def layer(carry, index):
+    k_pages, v_pages, x = carry
+    where, pages = slots, table
+    if one_pool:
+      where = jnp.stack([slots, slots + 16 * num_pages // 2])
+      pages = jnp.stack([table, table + num_pages // 2], axis=1)
+      v_pages = None
+    k_pages, v_pages = paged_jax.write_kv(
+      k_pages, v_pages, x[:, :K] + 1, x[:, :K], where, layer=index
+    )
+    x = paged_jax.paged_attention(
+      x,
+      k_pages,
+      v_pages,
+      pages,
+      lengths,
+      layer=index,
+      implementation="xla",
+      **ragged,
+    )
+    return (k_pages, v_pages, x), None
+
+  def step(k_pages, *rest):
+    *v_pages, x = rest
+    carry = (k_pages, v_pages[0] if v_pages else None, x)
+    if scanned:
+      return lax.scan(layer, carry, jnp.arange(layers))[0]
+    for index in range(layers):
+      carry, _ = layer(carry, index)
+    return carry
+
+  pools = (_big(layers),) if one_pool else (_big(layers), _big(layers))
+  assert not _copies(step, len(pools), *pools, jnp.ones((B, 4, 32)))
