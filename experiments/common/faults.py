@@ -13,6 +13,8 @@ and one token of one layer in the cache, after the prefill:
     shift   its key and value lie one slot further
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -29,6 +31,7 @@ TOKENS = ("poison", "shift")
 NAMES = ARGUMENTS + TOKENS
 
 
+@functools.cache  # a function of its own would be a program of its own
 def attend_with(fault: str | None) -> attention.Attend:
   """Returns the library's `attend_paged`, or one with a wrong argument."""
   if fault not in ARGUMENTS:

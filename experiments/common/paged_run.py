@@ -62,41 +62,37 @@ class Tables:
     return "combined" in self.words
 
 
+@dataclasses.dataclass(kw_only=True)
 class PagedModel:
-  """The compiled programs, shared by tables of one form."""
+  """A model taken apart, and what is wrong with its paged path."""
 
-  def __init__(
-    self,
-    model: Transformer,
-    *,
-    fault: str | None = None,
-    implementation: str | None = None,
-  ):
-    """Splits the model; compiles nothing yet."""
+  model: dataclasses.InitVar[Transformer]
+  fault: str | None = None
+  implementation: str | None = None
+
+  def __post_init__(self, model: Transformer):
     self.config = model.config
-    self.fault = fault
-    graph, self.weights = nnx.split(model)
-    self.feed = jax.jit(
-      functools.partial(
-        _feed,
-        graph=graph,
-        attend=faults.attend_with(fault),
-        implementation=implementation,
-      ),
-      static_argnames="decode",
-      donate_argnames="cache",
-    )
-    self.reserve = jax.jit(page_table_lib.reserve)
-    self.fork = jax.jit(fork.fork)
-    self.renamed = jax.jit(
-      lambda table, cache, order: (
-        permute.permute_table(table, order),
-        permute.permute_cache(cache, order),
-      ),
-      donate_argnums=1,
-    )
+    self.graph, self.weights = nnx.split(model)
 
 
+@functools.partial(jax.jit, donate_argnames="cache")
+def _rename(table, cache, order):
+  return (
+    permute.permute_table(table, order),
+    permute.permute_cache(cache, order),
+  )
+
+
+_reserve = jax.jit(page_table_lib.reserve)
+_fork = jax.jit(fork.fork)
+
+
+# Faults in the cache leave the program alone: it is compiled once for all.
+@functools.partial(
+  jax.jit,
+  static_argnames=("graph", "attend", "decode", "implementation"),
+  donate_argnames="cache",
+)
 def _feed(
   weights, cache, table, tokens, num_tokens, *, graph, attend, decode,
   implementation,
@@ -137,12 +133,15 @@ class _State:
 
   def feed(self, tokens, num_tokens, decode=False) -> np.ndarray:
     """Runs a step; returns its logits."""
-    self.cache, self.table, logits, slots, copies, ok = self.paged.feed(
+    self.cache, self.table, logits, slots, copies, ok = _feed(
       self.paged.weights,
       self.cache,
       self.table,
       np.asarray(tokens, np.int32),
       np.asarray(num_tokens, np.int32),
+      graph=self.paged.graph,
+      attend=faults.attend_with(self.paged.fault),
+      implementation=self.paged.implementation,
       decode=decode,
     )
     P = self.table.num_pages
@@ -158,7 +157,7 @@ class _State:
   def rename(self) -> None:
     """Moves every page somewhere else."""
     order = self.rng.permutation(self.table.num_pages)
-    self.table, self.cache = self.paged.renamed(
+    self.table, self.cache = _rename(
       self.table, self.cache, order.astype(np.int32)
     )
     moved = np.empty_like(self.written)
@@ -205,7 +204,7 @@ def run(
   shared = shared_tokens if tables.shared else 0
   first = np.where(np.arange(B) == 0, shared, 0) if shared else lengths
   if tables.permuted:
-    state.table, _ = paged.reserve(state.table, first.astype(np.int32))
+    state.table, _ = _reserve(state.table, first.astype(np.int32))
     state.rename()
   total = int(lengths.sum())
   vocab = paged.config.vocab_size
@@ -226,7 +225,7 @@ def run(
   prefill(starts, first)
   if shared:
     parents = np.where(np.arange(B) == 0, B, 0).astype(np.int32)
-    state.table, _ = paged.fork(state.table, parents)
+    state.table, _ = _fork(state.table, parents)
     state.rename()
     starts = np.full(B, shared, np.int32)
     prefill(starts, lengths - shared)

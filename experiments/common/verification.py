@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping
 import dataclasses
 from typing import Any
 
+from jaxtyping import Bool, Int
 import numpy as np
 
 from experiments.common import loading, paged_run, standard_run, tolerance
+from experiments.common.standard_run import Run
 from paged_jax.models.transformer import Transformer
 
 
@@ -24,6 +26,16 @@ class Plan:
   implementation: str | None
   fault: str | None
   headline: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class References:
+  """What the paged path is held against."""
+
+  standard: Run
+  fed: Int[np.ndarray, "D B"]  # the token of each decode step and row
+  exact: Run | None  # the model in float32, for half precision
+  naive: Run | None  # a naive attention, for half precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,8 +120,8 @@ def _stream(loaded, config, size) -> list[int]:
   return np.resize(loaded.tokenizer.encode(config["text"]), size).tolist()
 
 
-def verify(plan: Plan) -> Iterator[Result]:
-  """Yields the verdict over each kind of table."""
+def references(plan: Plan) -> References:
+  """Runs the standard path, and for half precision its two bounds."""
   run = lambda model, **options: standard_run.run(
     model, plan.prompts, plan.num_steps, **options
   )
@@ -118,14 +130,19 @@ def verify(plan: Plan) -> Iterator[Result]:
   if plan.model.config.dtype != "float32":
     exact, _ = run(standard_run.in_float32(plan.model), fed=fed)
     naive, _ = run(plan.model, fed=fed, naive=True)
+  return References(standard=standard, fed=fed, exact=exact, naive=naive)
+
+
+def verify(plan: Plan, references: References) -> Iterator[Result]:
+  """Runs the paged path; yields the verdict over each kind of table."""
   paged = paged_run.PagedModel(
-    plan.model, fault=plan.fault, implementation=plan.implementation
+    model=plan.model, fault=plan.fault, implementation=plan.implementation
   )
   for tables in plan.tables:
     got, computed = paged_run.run(
       paged,
       plan.prompts,
-      fed,
+      references.fed,
       tables,
       page_size=plan.page_size,
       shared_tokens=plan.shared_tokens,
@@ -133,20 +150,20 @@ def verify(plan: Plan) -> Iterator[Result]:
     )
     yield Result(
       tables=tables.name,
-      comparisons=compare(got, standard, computed, exact, naive),
+      comparisons=compare(got, references, computed),
       problem=got.problem,
     )
 
 
-def compare(got, standard, computed, exact=None, naive=None):
+def compare(
+  got: Run, references: References, computed: Bool[np.ndarray, "R"]
+) -> list[tolerance.Comparison]:
   """Returns the comparisons of a paged run with the standard one.
 
   Args:
-    got: the paged path's `Run`.
-    standard: the standard path's.
-    computed: bool [R], the prompt tokens whose logits the paged path computed.
-    exact: the float32 model's, for half precision.
-    naive: the naive attention's, for half precision.
+    got: the paged path's.
+    references: the standard path's.
+    computed: of the R prompt tokens, those whose logits were computed.
   """
   parts = {
     "prefill logits": lambda run: run.prefill[computed],
@@ -154,11 +171,12 @@ def compare(got, standard, computed, exact=None, naive=None):
     "cache K": lambda run: run.k,
     "cache V": lambda run: run.v,
   }
+  exact, naive = references.exact, references.naive
   return [
     tolerance.compare(
       name,
       part(got),
-      part(standard),
+      part(references.standard),
       exact=None if exact is None else part(exact),
       naive=None if naive is None else part(naive),
     )
