@@ -57,6 +57,11 @@ def triton_call(
   )
 
 
+def compute_capability() -> float:
+  """Returns that of the GPU to compile for; 9.0 (H100) on a host without."""
+  return float(getattr(jax.devices()[0], "compute_capability", 9.0))
+
+
 def load(
   ref: Any, mask: jax.Array | None = None, other: float = 0
 ) -> jax.Array:

@@ -29,7 +29,6 @@ from paged_jax.ops import triton_tiles as tl
 from paged_jax.ops.inputs import Inputs
 
 _MERGE_BLOCK = 16  # partials merged at a time
-_MERGE_WARPS = 1  # thousands of tiny programs: barriers cost more than width
 
 
 def attend(
@@ -81,7 +80,8 @@ def attend(
       jax.ShapeDtypeStruct((T, N, H), inputs.query.dtype),
       jax.ShapeDtypeStruct((T, N), jnp.float32),
     ),
-    num_warps=_MERGE_WARPS,
+    # Thousands of small programs: barriers cost more than warps give.
+    num_warps=max(tiles.padded_head_dim // 64, 1),
     num_stages=1,
     interpret=interpret,
   )(parts, part_lse, *operands[6:], *sinks)
@@ -93,17 +93,20 @@ def _choose(inputs, interpret):
   block_rows = min(tl.padded(rows), 64)
   if interpret:  # small tiles, so that small problems have several
     return tl.make_tiles(inputs, interpret, block_rows, 32), 4, 2, 12
-  # Measured on an H100: K and V tiles of 32 KiB, of 8 KiB at H = 64.
+  # Measured on an H100 (132 SMs): K and V tiles of 32 KiB, of 8 KiB at H = 64.
+  # One sequence is fastest with two programs an SM, many ragged ones with 5 to
+  # 8: they balance the load, and beyond that merging costs more.
   row_bytes = tl.padded(inputs.head_dim) * inputs.query.dtype.itemsize
-  if inputs.query.dtype.itemsize == 4:  # no tensor cores: registers are short
-    block_kv = max(16384 // row_bytes, 16)
-  else:
-    block_kv = 64 if row_bytes <= 128 else 32768 // row_bytes
-  # Two programs fit an SM of a 132-SM chip: one wave for a few sequences,
-  # several for many, since ragged ones end at different times.
-  programs = min(max(264, 4 * inputs.num_sequences * inputs.num_kv_heads), 1056)
+  narrow = row_bytes <= 128
+  tile_bytes = 8192 if narrow else 32768
+  # Float32 has no tensor cores and lacks registers, older GPUs shared memory.
+  if inputs.query.dtype.itemsize == 4 or backend.compute_capability() < 9:
+    tile_bytes = 16384
+  block_kv = max(tile_bytes // row_bytes, 16)
   tiles = tl.make_tiles(inputs, interpret, block_rows, min(block_kv, 128))
-  return tiles, 4, 3, programs
+  programs = 4 * inputs.num_sequences * inputs.num_kv_heads
+  programs = min(max(264, programs), 660 if narrow else 1056)
+  return tiles, 4, 4 if narrow else 3, programs
 
 
 def _row_tiles(tiles, length, query_length):

@@ -63,6 +63,9 @@ def _choose(inputs, interpret):
   if inputs.query.dtype.itemsize == 4:  # no tensor cores: registers are short
     block_kv = 32 if row_bytes <= 512 else 16
     return tl.make_tiles(inputs, interpret, 32, block_kv), 4, 2
+  if backend.compute_capability() < 9:  # 99 KiB of shared memory at least
+    block_kv = min(16384 // row_bytes, 64)
+    return tl.make_tiles(inputs, interpret, 64, block_kv), 4, 2
   block_kv = 128 if row_bytes == 256 else 64
   num_stages = 2 if row_bytes <= 128 else 3
   return tl.make_tiles(inputs, interpret, 128, block_kv), 8, num_stages

@@ -91,3 +91,14 @@ def test_float64_is_refused():
       paged_jax.paged_attention(
         *wide, made.page_table, made.lengths, implementation="triton"
       )
+
+
+def test_more_pool_rows_than_int32_are_refused():
+  shape = jax.ShapeDtypeStruct
+  pool = shape((2**26, 8, 8, 16), jnp.bfloat16)  # 2**32 rows of H
+  with pytest.raises(NotImplementedError, match="fewer"):
+    jax.eval_shape(
+      lambda *args: paged_jax.paged_attention(*args, implementation="triton"),
+      shape((1, 8, 16), jnp.bfloat16), pool, pool, shape((1, 4), jnp.int32),
+      shape((1,), jnp.int32),
+    )
