@@ -1,7 +1,9 @@
 """The training experiment on a small text: loss, resume, generation, errors."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import os
 import pathlib
 import subprocess
@@ -19,7 +21,7 @@ from paged_jax.engine import contiguous
 from paged_jax.train import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
-_STEPS = 40
+_STEPS, _STOP = 40, 23  # regular checkpoints at 15 and 30
 _UNIGRAM = 3.0  # nats a byte of English with every byte guessed alone
 
 
@@ -59,15 +61,56 @@ class Run:
     return records_lib.Records(self.folder / "losses.jsonl").rows()
 
 
+def observed(function, *args, **kwargs):
+  """Returns (exit code, what was printed)."""
+  out = io.StringIO()
+  with contextlib.redirect_stdout(out):
+    code = function(*args, **kwargs)
+  return code, out.getvalue()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   folder = tmp_path_factory.mktemp("train")
   plan = train.make_plan(small())
+  return Run(plan, folder, *observed(train.run, plan, folder))
+
+
+@pytest.fixture(scope="module")
+def resumed(finished, tmp_path_factory):
+  """The same run, stopped by Ctrl-C at step 23 and resumed.
+
+  It writes otherwise (greedily, a combined table) and fails in two ways: a
+  target out of reach, and a byte of the contiguous text changed.
+  """
+  folder = tmp_path_factory.mktemp("resumed")
+  append, generate = records_lib.Records.append, contiguous.generate
+
+  def interrupt(records, row):
+    if row["step"] == _STOP:
+      raise KeyboardInterrupt
+    append(records, row)
+
+  def differ(*args, **kwargs):
+    first, *rest = generate(*args, **kwargs)
+    return [(*first[:5], first[5] ^ 1, *first[6:]), *rest]
+
   with pytest.MonkeyPatch.context() as patch:
-    lines = []
-    patch.setattr("builtins.print", lambda text, **_: lines.append(text))
-    code = train.run(plan, folder)
-  return Run(plan, folder, code, "\n".join(lines))
+    patch.setattr(records_lib.Records, "append", interrupt)
+    code, printed = observed(train.run, finished.plan, folder)
+  assert code == 130 and "go on with --resume" in printed
+  assert checkpoint.Checkpoints(folder / "checkpoints").latest_step == _STOP
+  plan = dataclasses.replace(
+    finished.plan,
+    target=0.01,
+    generation=dataclasses.replace(
+      finished.plan.generation, temperature=0.0, combined=True
+    ),
+  )
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(contiguous, "generate", differ)
+    code, printed = observed(train.run, plan, folder, resume=True)
+  return Run(plan, folder, code, printed)
 
 
 def test_loss_falls(finished):
@@ -84,7 +127,7 @@ def test_loss_falls(finished):
 
 def test_paged_text_is_the_contiguous_text(finished):
   assert "identical to those of the contiguous cache" in finished.printed
-  assert finished.printed.endswith("PASS")
+  assert finished.printed.endswith("PASS\n")
   rows = records_lib.Records(finished.folder / "generated.jsonl").rows()
   assert [row["prompt"] for row in rows] == list(small().generate.prompts)
   for row in rows:
@@ -95,59 +138,28 @@ def test_paged_text_is_the_contiguous_text(finished):
   assert len({tuple(row["tokens"]) for row in rows}) == 3
 
 
-def test_greedy_and_combined(finished, tmp_path):
-  generation = dataclasses.replace(
-    finished.plan.generation, temperature=0.0, combined=True
+def test_resume_is_bitwise(finished, resumed):
+  mine, theirs = (
+    {row["step"]: (row["loss"], row["held_out"]) for row in run.rows}
+    for run in (resumed, finished)
   )
-  model = finished.checkpoints.load_model()
-  assert train.generate(model, generation, tmp_path / "x.jsonl") == []
-
-
-def test_resume_is_bitwise(finished, tmp_path, monkeypatch):
-  append = records_lib.Records.append
-  stop = [7, 23]  # before the first regular checkpoint, and between two
-
-  def interrupt(records, row):
-    if stop and row.get("step") == stop[0]:
-      stop.pop(0)
-      raise KeyboardInterrupt
-    append(records, row)
-
-  monkeypatch.setattr(records_lib.Records, "append", interrupt)
-  assert train.run(finished.plan, tmp_path) == 130
-  assert checkpoint.Checkpoints(tmp_path / "checkpoints").latest_step == 7
-  assert train.run(finished.plan, tmp_path, resume=True) == 130
-  assert train.run(finished.plan, tmp_path, resume=True) == 0
-
   # The step in hand at Ctrl-C was taken; its row alone was not yet written.
-  mine = {
-    row["step"]: (row["loss"], row["held_out"])
-    for row in Run(finished.plan, tmp_path, 0, "").rows
-  }
-  theirs = {row["step"]: (row["loss"], row["held_out"])
-            for row in finished.rows}
-  assert mine == {s: row for s, row in theirs.items() if s not in (7, 23)}
+  del theirs[_STOP]
+  assert mine == theirs
   weights = [
-    nnx.split(checkpoint.Checkpoints(folder / "checkpoints").load_model())[1]
-    for folder in (finished.folder, tmp_path)
+    nnx.split(run.checkpoints.load_model())[1] for run in (resumed, finished)
   ]
   jax.tree.map(np.testing.assert_array_equal, *weights)
 
 
-def test_failures_are_exit_codes(finished, monkeypatch, capsys):
-  # A finished run resumed: nothing to train, all to judge.
-  plan = dataclasses.replace(finished.plan, target=0.01)
-  generate = contiguous.generate
-
-  def differ(*args, **kwargs):
-    first, *rest = generate(*args, **kwargs)
-    return [(*first[:5], first[5] ^ 1, *first[6:]), *rest]
-
-  monkeypatch.setattr(contiguous, "generate", differ)
-  assert train.run(plan, finished.folder, resume=True) == 1
-  last = capsys.readouterr().out.strip().splitlines()[-1]
+def test_failures_are_exit_codes(resumed):
+  assert resumed.code == 1
+  last = resumed.printed.strip().splitlines()[-1]
   assert last.startswith("FAIL: held-out loss") and "reached: 0.01" in last
-  assert last.endswith("prompt 0: paged and contiguous differ at byte 5")
+  # Of three prompts only the one that was tampered with: greedy text over a
+  # combined table is the contiguous text too.
+  assert last.endswith("; prompt 0: paged and contiguous differ at byte 5")
+  assert last.count(";") == 1
 
 
 def test_resume_refuses_another_run(finished, tmp_path):

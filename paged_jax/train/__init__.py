@@ -1,0 +1,1 @@
+"""Training a byte-level decoder: data, step, checkpoint, plot."""
