@@ -3,7 +3,12 @@
     python -m experiments.sweep --config=configs/qwen.py
     python -m experiments.sweep --config=configs/qwen.py:tiny
 
-Expected: see `get_config`.
+Time: two minutes on 2 CPU cores, nearly all of it compilation; some six minutes
+on an H100; tiny half a minute.
+
+Result: every cell ok, exit code 0, out/sweep/qwen/report.html. On a CPU 22
+cells of `xla` are timed and 16 of `triton` are interpreted: verified, no speed.
+On a GPU all 180 cells are timed.
 """
 
 from ml_collections import config_dict
@@ -63,7 +68,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
   cpu.implementations = ("xla", "triton")
   cpu.dtype = "float32"
   cpu.distribution = "ragged"
-  cpu.page_sizes = (16, 64, 256)
+  cpu.page_sizes = (16, 128)
   cpu.ratios = (1, 4, 16)
   cpu.geometry_page_sizes = (16,)
   cpu.interpret_page_sizes = (16,)
@@ -77,7 +82,27 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
   cpu.repeats = 5
   cpu.ahead = 4
 
+  config.length = 1500  # tokens of each prompt of the prefill
+  config.prefill = prefill = config_dict.ConfigDict()
+  prefill.model = "qwen2.5-0.5b"  # a name of paged_jax.models.config
+  prefill.weights = "random"  # or smollm2, or a path
+  prefill.page_size = 16
+  prefill.chunks = (256, 512)  # tokens of a row a step
+  prefill.implementation = config_dict.placeholder(str)  # None: automatic
+  prefill.gpu = config_dict.ConfigDict()
+  prefill.gpu.dtype = "bfloat16"
+  prefill.gpu.num_layers = config_dict.placeholder(int)  # None: all
+  prefill.gpu.batch, prefill.gpu.warmup, prefill.gpu.repeats = 4, 3, 20
+  prefill.cpu = config_dict.ConfigDict()
+  prefill.cpu.dtype = "float32"
+  prefill.cpu.num_layers = 1
+  prefill.cpu.batch, prefill.cpu.warmup, prefill.cpu.repeats = 1, 1, 5
+
   if variant == "tiny":
+    config.length = 100
+    prefill.model = "tiny"
+    prefill.chunks = (16, 48)
+    prefill.cpu.num_layers, prefill.cpu.batch = None, 2
     config.name = "qwen_tiny"
     config.page_sizes = (8, 32)
     config.ratios = (1, 4)

@@ -108,7 +108,8 @@ def from_config(config: Mapping[str, Any]) -> Grid:
   Raises:
     ValueError: a field has the wrong type or value; names it and the remedy.
   """
-  values = dict(config.items())
+  # A config may hold sections of other experiments.
+  values = {x.name: config[x.name] for x in dataclasses.fields(Grid)}
   for scale in ("gpu", "cpu"):
     values[scale] = _typed(Scale, dict(values[scale].items()), f"{scale}.")
     _known("implementations", values[scale].implementations,
