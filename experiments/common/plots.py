@@ -7,8 +7,9 @@ from matplotlib import figure
 import numpy as np
 
 Row = dict[str, Any]
-_INK, _SOFT, _EMPTY = "#1b1f24", "#6a737d", "#f3f4f6"
-_DPI = 140
+_INK, _SOFT, _BAD, _EMPTY = "#1b1f24", "#6a737d", "#b42318", "#f3f4f6"
+_DPI = 110
+_FAILED = ("wrong", "failed")
 
 
 def heat_maps(rows: list[Row]) -> dict[str, bytes]:
@@ -27,13 +28,15 @@ def heat_maps(rows: list[Row]) -> dict[str, bytes]:
     timed = [row for row in mine if row.get("median_us")]
     if timed:
       names = _unique(row["implementation"] for row in timed)
+      shown = timed + [row for row in mine if row["status"] in _FAILED]
       panels = [
         (f"{name}, {phase}",
-         [row for row in timed if row["implementation"] == name])
+         [row for row in shown if row["implementation"] == name])
         for name in names
       ]
       images[f"speed_{phase}"] = _draw(
-        panels, mine, _fraction, _speed, "fraction of the ceiling", "Blues"
+        panels, mine, _fraction, _speed, True, "fraction of the ceiling",
+        "Blues",
       )
   checked = [row for row in rows if row.get("of_bound") is not None]
   if checked:
@@ -48,7 +51,7 @@ def heat_maps(rows: list[Row]) -> dict[str, bytes]:
       for name, mode, phase in kinds
     ]
     images["errors"] = _draw(
-      panels, rows, _error, _percent, "error / bound", "Oranges"
+      panels, rows, _error, _percent, False, "error / bound", "Oranges"
     )
   return images
 
@@ -61,23 +64,39 @@ def label(row: Row) -> str:
   return f"{row['group']}  {heads}"
 
 
-def _draw(panels, rows, value, text, title, colours):
+def _draw(panels, rows, value, text, best, title, colours):
   sizes = sorted({row["page_size"] for row in rows})
   labels = _unique(label(row) for row in rows)
-  width = 2.1 + len(panels) * (0.72 * len(sizes) + 0.5)
-  height = 1.35 + 0.42 * len(labels)
+  across = min(len(panels), 2)
+  down = -(-len(panels) // across)
+  width = 2.3 + across * (0.74 * len(sizes) + 0.2)
+  height = down * (0.75 + 0.42 * len(labels))
   # A Figure of its own: no global state, no display needed.
   fig = figure.Figure(figsize=(max(width, 5.2), height), layout="constrained")
-  axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+  axes = fig.subplots(down, across, sharey=True, squeeze=False).ravel()
+  for ax in axes[len(panels):]:
+    ax.remove()
+  axes = axes[: len(panels)]
   image = None
   for ax, (name, cells) in zip(axes, panels):
     grid = np.full((len(labels), len(sizes)), np.nan)
+    place = lambda row: (
+      labels.index(label(row)), sizes.index(row["page_size"])
+    )
     for row in cells:
-      at = labels.index(label(row)), sizes.index(row["page_size"])
-      grid[at] = value(row)
-      dark = grid[at] > 0.55
-      ax.text(*at[::-1], text(row), ha="center", va="center", fontsize=7,
-              color="white" if dark else _INK, linespacing=1.15)
+      if value(row) is not None:
+        grid[place(row)] = value(row)
+    for row in cells:
+      y, x = place(row)
+      failed = value(row) is None
+      peers = np.delete(grid[y], x)
+      peers = peers[~np.isnan(peers)]
+      bold = failed or (best and peers.size and peers.max() < grid[y, x])
+      colour = "white" if grid[y, x] > 0.55 else _INK
+      ax.text(x, y, "failed" if failed else text(row), ha="center",
+              va="center", fontsize=7, linespacing=1.15,
+              color=_BAD if failed else colour,
+              weight="bold" if bold else "normal")
     ax.set_facecolor(_EMPTY)
     image = ax.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto")
     ax.set_title(name, fontsize=9.5, color=_INK, loc="left")
@@ -95,11 +114,13 @@ def _draw(panels, rows, value, text, title, colours):
   bar.ax.tick_params(labelsize=7, length=0, labelcolor=_SOFT)
   bar.outline.set_visible(False)
   out = io.BytesIO()
-  fig.savefig(out, dpi=_DPI, format="png")
+  fig.savefig(out, dpi=_DPI, format="png", pil_kwargs=dict(optimize=True))
   return out.getvalue()
 
 
 def _fraction(row):
+  if not row.get("median_us"):
+    return None
   return min(row["ceiling_fraction"], 1.0)
 
 
@@ -110,7 +131,8 @@ def _speed(row):
     value, unit = row["tflops"] * 1e12, "F/s"
   power = 4 if value >= 1e12 else 3
   value /= 1e3**power
-  rate = f"{value:.3g} {' kMGT'[power]}{unit}"
+  digits = 0 if value >= 100 else 1 if value >= 10 else 2
+  rate = f"{value:.{digits}f} {' kMGT'[power]}{unit}"
   return f"{rate}\n{100 * row['ceiling_fraction']:.0f} %"
 
 
