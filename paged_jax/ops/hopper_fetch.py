@@ -1,0 +1,101 @@
+"""The fetching warpgroup of the Hopper decode kernel.
+
+It runs ahead of the computing ones by `stages` tiles: waits until a slot is
+free, then copies the live pages of a tile there, K first. Page ids are read one
+tile ahead, so that their latency hides behind the wait. Each slot has a barrier
+that counts copies (and their bytes) and one that counts readers done.
+"""
+
+from jax import lax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+
+from paged_jax.ops import backend, hopper_plan, hopper_tuning
+from paged_jax.ops.backend import mosaic
+from paged_jax.ops.inputs import Inputs
+
+
+def fetch(inputs, c, walk, interpret, layer, sources, buffers, barriers):
+  """Copies query rows and live pages into shared memory, ahead of use."""
+  q_ref, k_ref, v_ref, k_table, *v_table = sources
+  q_smem, k_smem, v_smem = buffers
+  q_full, q_free, k_full, v_full, k_free, v_free = barriers
+  p, M = inputs.page_size, inputs.max_pages
+  step = c.step
+
+  def pages_at(b, position):
+    at = [
+      jnp.minimum(lax.div(position + j * step, _i32(p)), M - 1)
+      for j in range(c.copies)
+    ]
+    k = tuple(k_table[b, i] for i in at)
+    return k + tuple(table[b, i] for table in v_table for i in at)
+
+  def segment(b, s, sequence, begin, end, tiles, done, n):
+    bundle = lax.div(s, _i32(c.row_blocks))
+    block = lax.rem(s, _i32(c.row_blocks))
+    low = sequence[hopper_plan.LOW]
+    high = jnp.minimum(sequence[hopper_plan.HIGH], end)
+    slot = lax.rem(n, _i32(c.query_slots))
+
+    _wait_if(n >= c.query_slots, q_free.at[slot])
+    token = sequence[hopper_plan.QUERY_START] + block * c.block_tokens
+    for j in range(c.block_tokens):
+      row = query_row(inputs, c, token + j, bundle)
+      mosaic.copy_gmem_to_smem(
+        q_ref.at[pl.ds(row - row_shift(c, row), c.token_rows)],
+        q_smem.at[slot, pl.ds(j * c.token_rows, c.token_rows)],
+        q_full.at[slot],
+      )
+
+    def one_tile(i, pages):
+      position = begin + i * c.tokens
+      slot = lax.rem(done + i, _i32(c.stages))
+      following = pages_at(b, position + c.tokens)
+      for pool, smem, full, free, ids in (
+        (k_ref, k_smem, k_full, k_free, pages[: c.copies]),
+        (v_ref, v_smem, v_full, v_free, pages[-c.copies :]),
+      ):
+
+        _wait_if(done + i >= c.stages, free.at[slot])
+        for j, page in enumerate(ids):
+          at = position + j * step
+          live = (at + step > low) & (at < high)
+          index = (layer * inputs.num_pages + page) * c.bundles + bundle
+          source = pool.at[index]
+          if step < p:  # a tile is part of a page (kb is 1)
+            source = pool.at[index, pl.ds(lax.rem(at, _i32(p)), step)]
+          target = smem.at[slot, pl.ds(j * step * c.kb, step * c.kb)]
+          backend.copy_if(live, source, target, full.at[slot], interpret)
+      return following
+
+    lax.fori_loop(0, tiles, one_tile, pages_at(b, begin))
+
+  tiles, segments = walk(segment)
+  # Every phase of a barrier is seen by its waiter, the last ones too.
+  for free, uses in ((q_free, segments), (k_free, tiles), (v_free, tiles)):
+    for i in range(c.query_slots if free is q_free else c.stages):
+      _wait_if(uses > i, free.at[i])
+
+
+def query_row(inputs: Inputs, c: hopper_tuning.Config, token, bundle):
+  """Row of query [T * N, H] where a bundle's heads of a token begin."""
+  token = jnp.minimum(token, inputs.num_tokens - 1)
+  return token * inputs.num_heads + bundle * c.heads
+
+
+def row_shift(c: hopper_tuning.Config, row):
+  """How far into the copied group of 8 rows `row` lies."""
+  if c.heads % 8 == 0:
+    return 0
+  return row & 7
+
+
+def _wait_if(condition, barrier):
+  @pl.when(condition)
+  def _():
+    mosaic.barrier_wait(barrier)
+
+
+def _i32(x):
+  return jnp.array(x, jnp.int32)

@@ -1,0 +1,176 @@
+"""Merging the partial results of split segments, by their log-sum-exp.
+
+    w_i = 2^(lse_i - max)      out = sum w_i o_i / (sum w_i + 2^(sink - max))
+
+One small CTA for a few neighbouring heads of one query token (as many as fill
+128 lanes). It finds the CTAs that split the token's segment from the plan by
+arithmetic, reads their rows and writes the output row; a segment that one CTA
+computed is a copy. Tokens that no sequence owns get 0 and -inf here.
+"""
+
+import functools
+import math
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from paged_jax.ops import backend, hopper_fetch, hopper_plan, hopper_tuning
+from paged_jax.ops.backend import mosaic
+from paged_jax.ops.inputs import Inputs
+
+_LOG2E = math.log2(math.e)
+_UNROLL = 8  # partials in flight
+
+
+def merge(
+  inputs: Inputs,
+  work: hopper_plan.Work,
+  partial: Float[Array, "partials rows H"],
+  partial_lse: Float[Array, "partials rows"],
+  *,
+  interpret: bool,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+  """Returns the output and the natural-log LSE, sinks included."""
+  T, N, H = inputs.query.shape
+  c = work.config
+  heads = hopper_tuning.merged_heads(H)
+  chunks = -(-c.heads // heads)
+  Q = inputs.max_query_length
+  blocks = inputs.num_sequences * Q
+  if not inputs.decode:
+    blocks = max(blocks, T)
+  sinks = () if inputs.sinks is None else (inputs.sinks,)
+  kernel = backend.mosaic_call(
+    functools.partial(_kernel, inputs, c, heads, interpret),
+    name="paged_decode_merge",
+    grid=(c.bundles * chunks, blocks),
+    grid_names=("chunk", "token"),
+    out_shape=(
+      jax.ShapeDtypeStruct((T, N * H), inputs.query.dtype),
+      jax.ShapeDtypeStruct((T, N), jnp.float32),
+    ),
+    scratch=(),
+    num_warpgroups=1,
+    interpret=interpret,
+  )
+  out, lse = kernel(
+    partial.reshape(-1, c.rows * H),
+    partial_lse,
+    work.ctas,
+    work.sequences,
+    *sinks,
+  )
+  return out.reshape(T, N, H), lse
+
+
+def _kernel(inputs, c, heads, interpret, *refs):
+  o_ref, lse_ref, ctas_ref, sequences_ref, *sinks_ref = refs[:-2]
+  out_ref, out_lse_ref = refs[-2:]
+  H, Q = inputs.head_dim, inputs.max_query_length
+  i32 = functools.partial(jnp.array, dtype=jnp.int32)
+  chunks = -(-c.heads // heads)
+  bundle = lax.div(lax.axis_index("chunk"), i32(chunks))
+  chunk = lax.rem(lax.axis_index("chunk"), i32(chunks))
+  # The last chunk may repeat heads of the one before: both write the same.
+  first = bundle * (c.heads) + jnp.minimum(chunk * heads, c.heads - heads)
+  size = heads * H
+  layout = mosaic.Layout.WG_STRIDED((size,), vec_size=_vector(size))
+  lane = mosaic.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+
+  def spread(values):
+    """One scalar a head -> [heads * H]."""
+    spread = jnp.full((size,), values[0], jnp.float32)
+    spread = mosaic.layout_cast(spread, layout)
+    for i, value in enumerate(values[1:], 1):
+      spread = jnp.where(lane >= i * H, value, spread)
+    return spread
+
+  def store(token, out, lse):
+    out = out.astype(inputs.query.dtype)
+    out_ref[token, pl.ds(first * H, size)] = out
+    for i, value in enumerate(lse):
+      out_lse_ref[token, first + i] = value
+
+  x = lax.axis_index("token")
+  b, j = lax.div(x, i32(Q)), lax.rem(x, i32(Q))
+  B = inputs.num_sequences
+  row = jnp.minimum(b, B - 1)
+  # The plan is older than any kernel that may still run: read it ahead.
+  sequence = [sequences_ref[row, i] for i in range(8)]
+  each = jnp.maximum(ctas_ref[0, 0], 1)
+  backend.wait_for_previous_kernel(interpret)
+  backend.start_next_kernel(interpret)
+
+  @pl.when((b < B) & (j < sequence[hopper_plan.QUERY_LENGTH]))
+  def _():
+    units = sequence[hopper_plan.UNITS]
+    block = lax.div(j, i32(c.block_tokens))
+    segment = bundle * c.row_blocks + block
+    at = lax.rem(j, i32(c.block_tokens)) * c.token_rows
+    token = sequence[hopper_plan.QUERY_START] + j
+    row = hopper_fetch.query_row(inputs, c, token, bundle)
+    at += hopper_fetch.row_shift(c, row) + first - bundle * (c.heads)
+    begin = sequence[hopper_plan.OFFSET] + segment * units
+    first_cta = lax.div(begin, each)
+    last_cta = lax.div(begin + units - 1, each)
+    count = jnp.where(units > 0, last_cta - first_cta + 1, 0) * c.splits
+    base = (first_cta + b * c.segments + segment) * c.splits
+
+    def some(i, carry):
+      acc, m, l = carry
+      lses, rows = [], []
+      for u in range(_UNROLL):
+        k = i * _UNROLL + u
+        part = base + jnp.minimum(k, count - 1)
+        lses.append([
+          jnp.where(k < count, o_lse, -jnp.inf)
+          for o_lse in (lse_ref[part, at + h] for h in range(heads))
+        ])
+        rows.append(mosaic.load(o_ref.at[part, pl.ds(at * H, size)],
+                                layout=layout))
+      m_new = [functools.reduce(jnp.maximum, [x[h] for x in lses], m[h])
+               for h in range(heads)]
+      safe = [jnp.where(x == -jnp.inf, 0.0, x) for x in m_new]
+      alpha = [jnp.exp2(m[h] - safe[h]) for h in range(heads)]
+      acc = acc * spread(alpha)
+      l = [l[h] * alpha[h] for h in range(heads)]
+      for one, data in zip(lses, rows):
+        w = [jnp.exp2(one[h] - safe[h]) for h in range(heads)]
+        acc = acc + data * spread(w)
+        l = [l[h] + w[h] for h in range(heads)]
+      return acc, tuple(m_new), tuple(l)
+
+    f32 = functools.partial(jnp.array, dtype=jnp.float32)
+    m = tuple(f32(-jnp.inf) for _ in range(heads))
+    l = tuple(f32(0.0) for _ in range(heads))
+    if sinks_ref:
+      m = tuple(sinks_ref[0][first + h] * _LOG2E for h in range(heads))
+      l = tuple(jnp.where(x == -jnp.inf, 0.0, 1.0) for x in m)
+    acc, m, l = lax.fori_loop(
+      0,
+      lax.div(count + (_UNROLL - 1), i32(_UNROLL)),
+      some,
+      (spread([0.0] * heads), m, l),
+    )
+    inverse = [jnp.where(x == 0.0, 0.0, 1.0 / x) for x in l]
+    lse = [
+      jnp.where(l[h] == 0.0, -jnp.inf, (m[h] + jnp.log2(l[h])) / _LOG2E)
+      for h in range(heads)
+    ]
+    store(token, acc * spread(inverse), lse)
+
+  if not inputs.decode:
+    last = [sequences_ref[B - 1, i] for i in range(8)]
+    used = last[hopper_plan.QUERY_START] + last[hopper_plan.QUERY_LENGTH]
+
+    @pl.when((x >= used) & (x < inputs.num_tokens))
+    def _():
+      dead = jnp.array(-jnp.inf, jnp.float32)
+      store(x, spread([0.0] * heads), [dead] * heads)
+
+
+def _vector(size):
+  return 4 if size % 512 == 0 else 2 if size % 256 == 0 else 1

@@ -1,0 +1,221 @@
+"""The computing warpgroups of the Hopper decode kernel: online softmax.
+
+For each tile of a segment, in units of log2:
+
+    s = q k^T * scale         masked to -inf where a row does not see a column
+    m' = max(m, max s)        p = 2^(s - m'),  a = 2^(m - m')
+    l' = a l + sum p          acc' = a acc + p v
+
+s and acc live in registers in the layout of WGMMA's results: 64 rows, 16 a
+warp. The partial result is acc / l and m + log2 l, written through shared
+memory.
+"""
+
+import functools
+import math
+
+from jax import lax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+
+from paged_jax.ops import backend, hopper_fetch, hopper_plan
+from paged_jax.ops.backend import mosaic
+
+_LOG2E = math.log2(math.e)
+
+
+def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
+  """Online softmax over the tiles of each segment."""
+  o_ref, lse_ref, cta = outputs
+  q_smem, k_smem, v_smem, o_smem, lse_smem = buffers
+  q_full, q_free, k_full, v_full, k_free, v_free, v_clean = barriers
+  H = inputs.head_dim
+  offset = wg * (c.part // c.kb) if c.splits > 1 else 0  # of our positions
+  dtype = inputs.query.dtype
+  scale = inputs.scale * _LOG2E
+  by_row = mosaic.Layout.WGMMA.reduce(1)
+
+  def full(shape, value, layout):
+    return mosaic.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+  def segment(b, s, sequence, begin, end, tiles, done, n):
+    low = sequence[hopper_plan.LOW]
+    high = jnp.minimum(sequence[hopper_plan.HIGH], end)
+    q_slot = lax.rem(n, _i32(c.query_slots))
+    mosaic.barrier_wait(q_full.at[q_slot])
+
+    def one_tile(i, carry):
+      acc, m, l = carry
+      position = begin + i * c.tokens + offset
+      slot = lax.rem(done + i, _i32(c.stages))
+      mosaic.barrier_wait(k_full.at[slot])
+      logits = backend.matmul(
+        q_smem.at[q_slot], k_smem.at[slot], (64, c.part), interpret
+      )
+      mosaic.barrier_arrive(k_free.at[slot])
+      unit = scale  # logits times this are in units of log2
+      if inputs.soft_cap is not None:
+        logits = _soft_cap(logits, inputs.scale, inputs.soft_cap)
+        unit = _LOG2E
+      seen = _seen(
+        inputs, c, wg, s, sequence, position, low - position, high - position
+      )
+      logits = jnp.where(seen, logits, -jnp.inf)
+      m_new = jnp.maximum(m, logits.max(axis=1) * unit)
+      m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
+      alpha = jnp.exp2(m - m_safe)
+      p = jnp.exp2(logits * unit - _across(m_safe, c.part))
+      l = l * alpha + p.sum(axis=1)
+      acc = acc * _across(alpha, H)
+      p = p.astype(dtype)
+      mosaic.barrier_wait(v_full.at[slot])
+      dead = (position < low) | (position + c.part // c.kb > high)
+
+      @pl.when(dead)
+      def _():
+        # Warpgroups that share the query rows share the tile as well.
+        @pl.when(jnp.logical_or(wg == 0, c.splits > 1))
+        def _():
+          _zero_dead_rows(
+            inputs, c, v_smem.at[slot], low - position, high - position
+          )
+
+        if c.consumers > 1:
+          mosaic.barrier_arrive(v_clean)
+          mosaic.barrier_wait(v_clean)
+
+      acc = backend.matmul_add(acc, p, v_smem.at[slot], interpret)
+      mosaic.barrier_arrive(v_free.at[slot])
+      return acc, m_new, l
+
+    acc, m, l = lax.fori_loop(
+      0,
+      tiles,
+      one_tile,
+      (
+        full((64, H), 0.0, mosaic.Layout.WGMMA),
+        full((64,), -jnp.inf, by_row),
+        full((64,), 0.0, by_row),
+      ),
+    )
+    mosaic.barrier_arrive(q_free.at[q_slot])
+    acc = acc * _across(1.0 / jnp.where(l == 0.0, 1.0, l), H)
+    lse = jnp.where(l == 0.0, -jnp.inf, m + jnp.log2(l))
+    partial = cta + b * c.segments + s
+    if c.splits > 1:
+      partial = partial * c.splits + wg
+    _write(c, partial, wg, acc, lse, o_ref, lse_ref, o_smem, lse_smem)
+
+  walk(segment)
+  mosaic.wait_smem_to_gmem(0)
+
+
+def _seen(inputs, c, wg, s, sequence, position, low, high):
+  """Which column each row sees, bool [64, part].
+
+  low and high are limits for all rows; all positions but `position`, that of
+  the first column, are relative to it.
+  """
+  shape, G, step = (64, c.part), inputs.group_size, c.step
+  column = _iota(shape, 1, mosaic.Layout.WGMMA)
+  at = column
+  if c.kb > 1:  # columns are [page, head of the bundle, token]
+    at = (column >> _log2(c.kb * step)) * step + (column & (step - 1))
+  if inputs.max_query_length == 1 or not inputs.causal:
+    seen = (at >= low) & (at < high)
+  if c.kb == 1 and inputs.max_query_length == 1:
+    return seen
+  row = _iota((64,), 0, mosaic.Layout.WGMMA.reduce(1))
+  if c.consumers > 1:
+    row += wg * 64
+  token = jnp.zeros_like(row)
+  for j in range(1, c.block_tokens):
+    token += (row >= j * c.token_rows).astype(jnp.int32)
+  if inputs.max_query_length > 1 and inputs.causal:
+    block = lax.rem(s, _i32(c.row_blocks)) * c.block_tokens
+    first = sequence[hopper_plan.HIGH] - sequence[hopper_plan.QUERY_LENGTH]
+    own = token + (first + block - position)
+    # Rows past the last token would see beyond the sequence.
+    seen = at < _across(jnp.minimum(own + 1, high), c.part)
+    if inputs.window is not None:
+      seen &= at > _across(own - inputs.window, c.part)
+  if c.kb > 1:
+    row -= token * c.token_rows
+    if c.heads % 8:
+      bundle = lax.div(s, _i32(c.row_blocks))
+      start = sequence[hopper_plan.QUERY_START]
+      start += lax.rem(s, _i32(c.row_blocks)) * c.block_tokens
+      for j in range(c.block_tokens):
+        first = hopper_fetch.query_row(inputs, c, start + j, bundle)
+        shift = hopper_fetch.row_shift(c, first)
+        row -= shift if c.block_tokens == 1 else jnp.where(token == j, shift, 0)
+    head = jnp.zeros_like(row)
+    for j in range(1, c.kb):
+      head += (row >= j * G).astype(jnp.int32)
+    theirs = (column >> _log2(step)) & (c.kb - 1)
+    seen &= theirs == _across(head, c.part)
+  return seen
+
+
+def _zero_dead_rows(inputs, c, v_smem, low, high):
+  """Zeroes the rows of a V tile outside positions low .. high - 1."""
+  step = c.step
+  for i in range(c.part // 64):
+    part = v_smem.at[pl.ds(i * 64, 64)]
+    at = _iota((64, inputs.head_dim), 0, mosaic.Layout.WGMMA) + i * 64
+    if c.kb > 1:
+      at = (at >> _log2(c.kb * step)) * step + (at & (step - 1))
+    v = mosaic.load(part, layout=mosaic.Layout.WGMMA)
+    part[...] = jnp.where((at >= low) & (at < high), v, jnp.zeros_like(v))
+  mosaic.commit_smem()
+
+
+def _write(c, partial, wg, acc, lse, o_ref, lse_ref, o_smem, lse_smem):
+  """Stores a partial through shared memory, some columns at a time."""
+  columns = o_smem.shape[1]
+
+  def copy(w, i):  # the rows of consumer w
+    rows = min(c.rows - 64 * w, 64)
+    target = pl.ds(64 * w, rows)
+    mosaic.copy_smem_to_gmem(
+      o_smem.at[pl.ds(0, rows)], o_ref.at[partial, target, pl.ds(i, columns)]
+    )
+    if i == 0:
+      mosaic.copy_smem_to_gmem(
+        lse_smem.at[pl.ds(0, rows)], lse_ref.at[partial, target]
+      )
+
+  for i in range(0, acc.shape[1], columns):
+    # The staging buffer must have been read before it is overwritten.
+    mosaic.wait_smem_to_gmem(0, wait_read_only=True)
+    o_smem[...] = acc[:, i : i + columns]
+    if i == 0:
+      lse_smem[...] = lse
+    mosaic.commit_smem()
+    if c.consumers == 1:
+      copy(0, i)
+    else:
+      for w in range(c.consumers):
+        pl.when(wg == w)(functools.partial(copy, w, i))
+
+
+def _soft_cap(logits, scale, cap):
+  # cap * tanh(x / cap), by exp2: exact to float32 rounding of cap.
+  t = jnp.exp2(logits * (2.0 * _LOG2E * scale / cap))
+  return cap - (2.0 * cap) / (t + 1.0)
+
+
+def _across(x, columns):
+  return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+
+
+def _iota(shape, axis, layout):
+  return mosaic.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+
+
+def _log2(x):
+  return x.bit_length() - 1
+
+
+def _i32(x):
+  return jnp.array(x, jnp.int32)

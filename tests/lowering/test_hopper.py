@@ -1,0 +1,75 @@
+"""Every Hopper kernel lowers for CUDA on a host without a GPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import paged_jax
+from tests.lowering import cuda
+
+pytestmark = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason="hopper needs jax 0.11"
+)
+
+# name: B, T, N, K, H, p, dtype, and what else the call gets. T=None: decode.
+SHAPES = {
+  "decode": (4, None, 32, 8, 128, 16, "bfloat16", {}),
+  "large batch": (64, None, 32, 8, 128, 16, "bfloat16", {}),
+  "G=7 H=64": (64, None, 14, 2, 64, 16, "bfloat16", {}),
+  "G=7": (3, None, 28, 4, 128, 16, "bfloat16", {}),
+  "f16 H=80 p=1": (3, None, 8, 8, 80, 1, "float16", {}),
+  "p=2": (3, None, 8, 8, 128, 2, "bfloat16", {}),
+  "p=4 H=96": (3, None, 32, 8, 96, 4, "bfloat16", {}),
+  "p=8": (3, None, 32, 8, 128, 8, "bfloat16", {}),
+  "p=32 H=192": (2, None, 32, 8, 192, 32, "bfloat16", {}),
+  "p=64 H=256": (2, None, 16, 8, 256, 64, "bfloat16", {}),
+  "p=128": (2, None, 32, 8, 128, 128, "bfloat16", {}),
+  "p=256 G=1": (2, None, 8, 8, 128, 256, "bfloat16", {}),
+  "G=128": (1, None, 128, 1, 128, 64, "bfloat16", {}),
+  "everything": (64, None, 64, 8, 64, 16, "bfloat16",
+                 dict(window=128, soft_cap=30.0, sinks=True, combined=True)),
+  "few tokens": (4, 20, 32, 8, 128, 16, "bfloat16",
+                 dict(max_query_length=4, window=99)),
+  "few tokens, many rows": (4, 20, 64, 1, 128, 16, "bfloat16",
+                            dict(max_query_length=8, causal=False)),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_lower(name):
+  text = _lower(*SHAPES[name][:7], **SHAPES[name][7])
+  assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
+  for kernel in ("paged_decode_mosaic", "paged_decode_merge_mosaic"):
+    assert kernel in text
+
+
+def test_layers_share_one_lowering():
+  text = _lower(4, None, 32, 8, 128, 16, "bfloat16", layers=6)
+  # The first one may differ: its query is an argument.
+  assert text.count("stablehlo.custom_call @mosaic_gpu") <= 4
+
+
+def _lower(B, T, N, K, H, p, dtype, *, layers=1, M=40, sinks=False,
+           combined=False, **static):
+  def shape(*sizes, dtype=dtype):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+  def run(query, pool, table, lengths, starts, sinks):
+    for layer in range(layers):
+      query = paged_jax.paged_attention(
+        query, pool, pool, table, lengths, query_starts=starts, sinks=sinks,
+        layer=jnp.int32(layer), implementation="hopper", interpret=False,
+        **static
+      )
+    return query
+
+  table = (B, 2, M) if combined else (B, M)
+  return cuda.lower(
+    run,
+    shape(B if T is None else T, N, H),
+    shape(4, 50, K, p, H),
+    shape(*table, dtype=jnp.int32),
+    shape(B, dtype=jnp.int32),
+    None if T is None else shape(B + 1, dtype=jnp.int32),
+    shape(N, dtype=jnp.float32) if sinks else None,
+  )

@@ -1,0 +1,192 @@
+"""Implementation `hopper`: its plan, its refusals, its interpreted kernels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged_jax
+from paged_jax.ops import hopper_plan, hopper_tuning
+from paged_jax.ops.plan import Geometry
+from tests.conformance import data
+
+needs_interpreter = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason="hopper needs jax 0.11"
+)
+
+GEOMETRY = Geometry(
+  num_heads=8, num_kv_heads=4, head_dim=64, page_size=16, dtype="bfloat16",
+  max_query_length=1, causal=True, window=None, combined=False,
+)
+
+
+# --- the plan ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_ctas", [1, 3, 7, 200])
+@pytest.mark.parametrize(
+  "lengths, queries, window",
+  [
+    ((40, 0, 129, 16, 2000), None, None),
+    ((0, 0), None, None),
+    ((0, 5, 0, 0, 300), (0, 2, 1, 0, 3), None),
+    ((700, 12, 350), None, 37),
+    ((90, 33), (4, 1), 16),
+  ],
+)
+def test_pieces_cover_every_page_once(num_ctas, lengths, queries, window):
+  queries = queries or (1,) * len(lengths)
+  geometry = dataclasses.replace(GEOMETRY, window=window)
+  config = hopper_tuning.choose(geometry, len(lengths), 200)
+  starts = np.cumsum((0, *queries)).astype(np.int32)
+  work = hopper_plan.make_work(
+    jnp.array(lengths, jnp.int32), jnp.asarray(starts), geometry, config,
+    num_ctas,
+  )
+  want = []
+  for b, (length, query) in enumerate(zip(lengths, queries, strict=True)):
+    low = max(length - query - (window or length) + 1, 0)
+    pages = range(low // 16, -(-length // 16)) if query else ()
+    want += [
+      (b, s, page) for s in range(config.segments) for page in pages
+    ]
+  got, partials = [], []
+  sequences = np.asarray(work.sequences)
+  for cta, (left, b, s, unit, *row) in enumerate(np.asarray(work.ctas)):
+    if left:
+      np.testing.assert_array_equal(row, sequences[b])
+    while left:
+      count = min(sequences[b, hopper_plan.UNITS] - unit, left)
+      first = sequences[b, hopper_plan.FIRST] + unit
+      got += [(b, s, page) for page in range(first, first + count)]
+      partials.append(cta + b * config.segments + s)
+      left, unit, s = left - count, 0, s + 1
+      if s == config.segments:
+        b, s = sequences[b, hopper_plan.NEXT], 0
+  assert got == want
+  assert len(set(partials)) == len(partials)
+  assert all(x < work.num_partials for x in partials)
+  sizes = np.asarray(work.ctas)[:, 0]
+  assert sizes.max() <= -(-len(want) // num_ctas)
+
+
+# --- what it takes on -------------------------------------------------------
+
+
+@pytest.mark.parametrize("H", [64, 80, 96, 128, 192, 256])
+def test_every_config_fits_an_sm(H):
+  taken = 0
+  for K in (1, 2, 4, 8):
+    for G in (1, 2, 3, 4, 5, 7, 8, 16, 64, 128):
+      for p in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        for Q in (1, 4, 8):
+          geometry = dataclasses.replace(
+            GEOMETRY, num_heads=K * G, num_kv_heads=K, head_dim=H, page_size=p,
+            max_query_length=Q,
+          )
+          try:
+            c = hopper_tuning.choose(geometry, 64, 100)
+          except NotImplementedError:
+            continue
+          taken += 1
+          assert c.stages >= 2
+          assert c.tile == c.copies * c.step * c.kb
+          assert c.token_rows * c.block_tokens <= 64 * c.consumers
+          assert c.row_blocks * c.block_tokens >= Q
+          bytes_ = hopper_tuning.fixed_bytes(c, H) + c.stages * c.tile * H * 4
+          assert bytes_ <= 227 * 1024
+  assert taken > 400
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    dict(dtype="float32"),
+    dict(head_dim=32),
+    dict(page_size=24),
+    dict(page_size=512),
+    dict(max_query_length=9),
+    dict(num_heads=516),
+    dict(num_kv_heads=1, page_size=4),
+  ],
+)
+def test_refuses(changes):
+  geometry = dataclasses.replace(GEOMETRY, **changes)
+  with pytest.raises(NotImplementedError):
+    hopper_tuning.choose(geometry, 4, 10)
+
+
+@pytest.mark.skipif(
+  jax.__version_info__ >= (0, 11), reason="this jax has what hopper needs"
+)
+def test_refuses_an_older_jax():
+  made = data.problem(lengths=(3,), H=64, dtype=jnp.bfloat16)
+  with pytest.raises(NotImplementedError, match="0.11"):
+    data.call(made, "hopper", interpret=True)
+
+
+def test_refuses_to_run_natively_without_a_gpu():
+  if jax.default_backend() == "gpu":
+    pytest.skip("there is a GPU")
+  made = data.problem(lengths=(3,), H=64, dtype=jnp.bfloat16)
+  with pytest.raises(NotImplementedError):
+    data.call(made, "hopper", interpret=False)
+
+
+# --- the kernels, interpreted: barriers and races are checked ---------------
+
+
+CASES = {
+  "split segments": dict(lengths=(40, 0, 129, 16, 200), N=8, K=2, H=128,
+                         sinks=True),
+  "bundles of tiny pages": dict(lengths=(40, 0, 129), N=8, K=8, p=1),
+  "rows off groups of 8": dict(lengths=(40, 129, 16), query_lengths=(2, 3, 1),
+                               max_query_length=3, N=12, K=4, p=4),
+  "a page larger than a tile": dict(lengths=(40, 0, 300), N=4, K=2, p=256),
+  "window": dict(lengths=(40, 0, 229, 300), N=4, K=2, window=37),
+  "few tokens": dict(lengths=(40, 5, 229, 3), query_lengths=(3, 2, 0, 1), T=9,
+                     max_query_length=3, N=4, K=2, window=37, soft_cap=5.0,
+                     combined=True),
+  "many rows": dict(lengths=(40, 129), N=128, K=1),
+  "one pool, f16": dict(lengths=(40, 129), N=4, K=2, combined=True,
+                        one_pool=True, dtype=jnp.float16),
+}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted(name):
+  settings = dict(H=64, p=16, dtype=jnp.bfloat16) | CASES[name]
+  made = data.problem(50, **settings)
+  out, lse = data.call(made, "hopper", interpret=True)
+  data.assert_right(made, out, lse)
+
+
+@needs_interpreter
+def test_a_plan_and_a_layer_in_a_scan():
+  made = data.problem(51, lengths=(40, 129), N=4, K=2, H=64, p=16, L=2,
+                      dtype=jnp.bfloat16)
+
+  @jax.jit
+  def run(query, k_pages, v_pages, table, lengths):
+    plan = paged_jax.plan_attention(
+      table, lengths, num_heads=4, num_kv_heads=2, head_dim=64, page_size=16,
+      dtype=query.dtype, implementation="hopper",
+    )
+
+    def layer(carry, index):
+      return carry, paged_jax.paged_attention(
+        query, k_pages, v_pages, table, lengths, layer=index, plan=plan,
+        return_lse=True, implementation="hopper", interpret=True,
+      )
+
+    return jax.lax.scan(layer, 0, jnp.arange(2))[1]
+
+  out, lse = run(*made.arrays[:5])
+  for index in range(2):
+    one = made.replace(
+      k_pages=made.k_pages[index], v_pages=made.v_pages[index]
+    )
+    data.assert_right(one, out[index], lse[index])
