@@ -21,17 +21,12 @@ from experiments import cli
 from experiments.common import decoding, loading
 from paged_jax.models import tokenizer
 
-_CONFIG = config_flags.DEFINE_config_file("config")
-_VERBOSE = flags.DEFINE_bool("verbose", False, "Print every step.")
-_WORKDIR = flags.DEFINE_string(
-  "workdir", "out/decode", "Folder for <config name>.jsonl."
-)
-
 
 def main(argv: Sequence[str]) -> int:
   if argv[1:]:
     raise ValueError(f"unknown argument {argv[1]!r}: flags start with --")
-  return run(_CONFIG.value, pathlib.Path(_WORKDIR.value), _VERBOSE.value)
+  values = flags.FLAGS
+  return run(values.config, pathlib.Path(values.workdir), values.verbose)
 
 
 def run(config, workdir: pathlib.Path, verbose: bool = False) -> int:
@@ -85,4 +80,10 @@ def run(config, workdir: pathlib.Path, verbose: bool = False) -> int:
 
 
 if __name__ == "__main__":
+  # Not above: a process that imports two mains would define them twice.
+  config_flags.DEFINE_config_file("config")
+  flags.DEFINE_bool("verbose", False, "Print every step.")
+  flags.DEFINE_string(
+    "workdir", "out/decode", "Folder for <config name>.jsonl."
+  )
   cli.run(main, config="configs/decode.py")

@@ -20,16 +20,12 @@ from ml_collections import config_flags
 from experiments import cli
 from experiments.common import loading, prefilling, tolerance
 
-_CONFIG = config_flags.DEFINE_config_file("config")
-_WORKDIR = flags.DEFINE_string(
-  "workdir", "out/prefill", "Folder for <config name>.jsonl."
-)
-
 
 def main(argv: Sequence[str]) -> int:
   if argv[1:]:
     raise ValueError(f"unknown argument {argv[1]!r}: flags start with --")
-  return run(_CONFIG.value, pathlib.Path(_WORKDIR.value))
+  values = flags.FLAGS
+  return run(values.config, pathlib.Path(values.workdir))
 
 
 def run(config, workdir: pathlib.Path) -> int:
@@ -68,4 +64,9 @@ def run(config, workdir: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
+  # Not above: a process that imports two mains would define them twice.
+  config_flags.DEFINE_config_file("config")
+  flags.DEFINE_string(
+    "workdir", "out/prefill", "Folder for <config name>.jsonl."
+  )
   cli.run(main, config="configs/qwen.py")

@@ -21,19 +21,12 @@ from ml_collections import config_flags
 from experiments import cli
 from experiments.common import faults, verification
 
-_CONFIG = config_flags.DEFINE_config_file("config")
-_BREAK = flags.DEFINE_enum(
-  "break", None, faults.NAMES, "What to spoil in the paged path."
-)
-_WORKDIR = flags.DEFINE_string(
-  "workdir", "out/verify", "Folder for <config name>.jsonl."
-)
-
 
 def main(argv: Sequence[str]) -> int:
   if argv[1:]:
     raise ValueError(f"unknown argument {argv[1]!r}: flags start with --")
-  return run(_CONFIG.value, pathlib.Path(_WORKDIR.value), _BREAK.value)
+  values = flags.FLAGS
+  return run(values.config, pathlib.Path(values.workdir), values["break"].value)
 
 
 def run(config, workdir: pathlib.Path, fault: str | None = None) -> int:
@@ -59,4 +52,12 @@ def run(config, workdir: pathlib.Path, fault: str | None = None) -> int:
 
 
 if __name__ == "__main__":
+  # Not above: a process that imports two mains would define them twice.
+  config_flags.DEFINE_config_file("config")
+  flags.DEFINE_enum(
+    "break", None, faults.NAMES, "What to spoil in the paged path."
+  )
+  flags.DEFINE_string(
+    "workdir", "out/verify", "Folder for <config name>.jsonl."
+  )
   cli.run(main, config="configs/verify.py")

@@ -3,8 +3,7 @@
     waste = 1 - tokens written / tokens of room
 
 Room is, for pages, the pages in use times p; for a contiguous cache, the batch
-times the longest row it has to be ready for. Both at the step that uses most
-pages.
+times the longest row it has to be ready for. Both at the fullest step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -99,9 +98,14 @@ def run(
   pages = config["num_pages"]
   if pages is None:
     pages = num_pages(lengths, new_tokens, page_size, config["combined"])
+  least = num_pages([max(lengths)], new_tokens, page_size, config["combined"])
+  if loading.positive("num_pages", pages) < least:
+    raise ValueError(
+      f"config.num_pages is {pages}: the longest row alone needs {least}"
+    )
   generator = generate.Generator(
     model,
-    num_pages=loading.positive("num_pages", pages),
+    num_pages=pages,
     page_size=page_size,
     num_sequences=len(prompts),
     max_pages=num_pages([max(lengths)], new_tokens, page_size, False),
@@ -187,7 +191,7 @@ def summary(
     if kind == "decode" and logs:
       median, p99 = np.percentile(ms, [50, 99])
       figures |= dict(ms_per_token=float(median), ms_per_token_p99=float(p99))
-  peak = max(result.steps, key=lambda step: step.pages_in_use)
+  peak = max(result.steps, key=lambda x: (x.pages_in_use, x.live_tokens))
   p, kinds = config["page_size"], 2 if config["combined"] else 1
   room = peak.pages_in_use // kinds * p
   longest = max(map(len, prompts)) + config["max_new_tokens"] - 1
