@@ -6,8 +6,11 @@
     python -m experiments.train --config=configs/train_bytes.py:tiny
     python -m experiments.train --config.text=FILE --config.target=inf
 
-Expected: held-out loss below 1.6 nats a byte, tokens through pages identical to
-those of the contiguous cache, exit code 0. `:tiny`: below 2.6.
+Expected: held-out loss 1.467 nats (2.12 bits) a byte after 1500 steps, tokens
+through pages identical to those of the contiguous cache, exit code 0; a loss
+above `config.target` is a failure. `:tiny`: 2.33. Cost: a step takes 0.24 s of
+CPU time, so 3 to 6 minutes on two free cores (20 on two busy with five times
+as much); `:tiny` half a minute of CPU time in all.
 """
 
 from ml_collections import config_dict
@@ -49,7 +52,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
   config.eval_batches = 8
   config.save_every = 250  # steps
   # Nats a byte on held-out text, to be reached; inf: any will do but NaN.
-  config.target = 1.6
+  config.target = 1.55
 
   # Continued through pages and over a contiguous cache, which must agree.
   config.generate = generate = config_dict.ConfigDict()
