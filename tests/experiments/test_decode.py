@@ -32,14 +32,16 @@ def config():
   return config
 
 
-def _model():
-  return loading.load(
-    dict(name="tiny", weights="random", dtype="float32", num_layers=1)
-  ).model
+@pytest.fixture(scope="module")
+def want(config):
+  """The tokens that the model gives without pages."""
+  loaded = loading.load(config.model, seed=config.seed)
+  prompts = loading.random_prompts(config.lengths, 512, config.seed)
+  return contiguous.generate(loaded.model, prompts, max_new_tokens=9)
 
 
 @pytest.mark.parametrize("combined", [False, True])
-def test_run_prints_and_writes(config, tmp_path, capsys, combined):
+def test_run_prints_and_writes(config, want, tmp_path, capsys, combined):
   changed = config.copy_and_resolve_references()
   changed.combined = combined
   assert decode.run(changed, tmp_path, verbose=True) == 0
@@ -82,9 +84,6 @@ def test_run_prints_and_writes(config, tmp_path, capsys, combined):
   assert f["ms_per_token"] == pytest.approx(np.median(ms))
   assert f["ms_per_token_p99"] == pytest.approx(np.percentile(ms, 99))
   assert f["decode_tokens_per_s"] == pytest.approx(24e3 / sum(ms))
-  # The same tokens as without pages.
-  prompts = loading.random_prompts(changed.lengths, 512, changed.seed)
-  want = contiguous.generate(_model(), prompts, max_new_tokens=9)
   assert [tuple(row["tokens"]) for row in end["rows"]] == want
 
 
@@ -108,6 +107,8 @@ def test_no_step_copies_the_pool(combined):
     generator.prefill: (jnp.zeros(16, jnp.int32), jnp.full(2, 8, jnp.int32)),
     generator.decode: (jnp.zeros(2, jnp.int32), jnp.ones(2, bool)),
   }
+  if combined:  # compilation is dear: the prefill differs in nothing else
+    del feeds[generator.prefill]
   for step, feed in feeds.items():
     compiled = step.lower(
       generator._weights, generator._cache, generator._table, *feed,
@@ -121,7 +122,7 @@ def test_no_step_copies_the_pool(combined):
     assert not copies
 
 
-def test_recompilation_is_counted_and_fails(config, tmp_path, capsys):
+def test_recompilation_is_counted():
   with compiles.count() as count:
     f = jax.jit(lambda x: x * 3 + 1)
     f(np.ones(3, np.float32))
