@@ -98,6 +98,9 @@ def choose(
     raise NotImplementedError(
       f"max_query_length={Q}: the hopper decode kernel does 1 to 8"
     )
+  if Q > 1 and not g.causal:
+    # Tokens before the first position must see nothing: not masked yet.
+    raise NotImplementedError("several query tokens without causal")
   if p > 256 or p & (p - 1):
     raise NotImplementedError(f"page size {p}: not a power of two up to 256")
   if G > 128:

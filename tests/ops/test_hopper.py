@@ -108,6 +108,7 @@ def test_every_config_fits_an_sm(H):
     dict(page_size=24),
     dict(page_size=512),
     dict(max_query_length=9),
+    dict(max_query_length=2, causal=False),
     dict(num_heads=516),
     dict(num_kv_heads=1, page_size=4),
   ],
