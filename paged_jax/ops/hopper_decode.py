@@ -77,7 +77,7 @@ def partials(
       stage,
       stage,
       mosaic.SMEM(
-        (rows, c.columns),
+        (c.staging, rows, c.columns),
         jnp.float32,
         transforms=_tiled(c.columns, jnp.float32),
       ),
@@ -162,7 +162,7 @@ def _kernel(inputs, c, interpret, *refs):
         q_smem.at[:, rows],
         k_smem.at[:, part],
         v_smem.at[:, part],
-        o_smem.at[stage],
+        o_smem.at[:, stage],
         lse_smem.at[stage],
       ),
       (*barriers, v_clean),

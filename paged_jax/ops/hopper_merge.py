@@ -17,12 +17,12 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from paged_jax.ops import backend, hopper_fetch, hopper_plan, hopper_tuning
+from paged_jax.ops import backend, hopper_fetch, hopper_plan
 from paged_jax.ops.backend import mosaic
 from paged_jax.ops.inputs import Inputs
 
 _LOG2E = math.log2(math.e)
-_UNROLL = 8  # partials in flight
+_UNROLL = (16, 4)  # partials in flight, while that many are left and then
 
 
 def merge(
@@ -36,8 +36,8 @@ def merge(
   """Returns the output and the natural-log LSE, sinks included."""
   T, N, H = inputs.query.shape
   c = work.config
-  heads = hopper_tuning.merged_heads(H)
-  chunks = -(-c.heads // heads)
+  heads = c.merged
+  chunks = c.heads // heads
   Q = inputs.max_query_length
   blocks = inputs.num_sequences * Q
   if not inputs.decode:
@@ -71,11 +71,9 @@ def _kernel(inputs, c, heads, interpret, *refs):
   out_ref, out_lse_ref = refs[-2:]
   H, Q = inputs.head_dim, inputs.max_query_length
   i32 = functools.partial(jnp.array, dtype=jnp.int32)
-  chunks = -(-c.heads // heads)
+  chunks = c.heads // heads
   bundle = lax.div(lax.axis_index("chunk"), i32(chunks))
   chunk = lax.rem(lax.axis_index("chunk"), i32(chunks))
-  # The last chunk may repeat heads of the one before: both write the same.
-  first = bundle * (c.heads) + jnp.minimum(chunk * heads, c.heads - heads)
   size = heads * H
   layout = mosaic.Layout.WG_STRIDED((size,), vec_size=_vector(size))
   lane = mosaic.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
@@ -88,11 +86,17 @@ def _kernel(inputs, c, heads, interpret, *refs):
       spread = jnp.where(lane >= i * H, value, spread)
     return spread
 
-  def store(token, out, lse):
+  def store(token, first, out, lse):
     out = out.astype(inputs.query.dtype)
     out_ref[token, pl.ds(first * H, size)] = out
     for i, value in enumerate(lse):
       out_lse_ref[token, first + i] = value
+
+  def each_chunk(do):
+    """Calls do(first head of the bundle) for what this CTA merges."""
+    do(chunk * heads)
+    if c.heads % heads:  # the rest, with some heads a second time
+      pl.when(chunk == chunks - 1)(lambda: do(i32(c.heads - heads)))
 
   x = lax.axis_index("token")
   b, j = lax.div(x, i32(Q)), lax.rem(x, i32(Q))
@@ -104,30 +108,31 @@ def _kernel(inputs, c, heads, interpret, *refs):
   backend.wait_for_previous_kernel(interpret)
   backend.start_next_kernel(interpret)
 
-  @pl.when((b < B) & (j < sequence[hopper_plan.QUERY_LENGTH]))
-  def _():
+  def merge_heads(head):
     units = sequence[hopper_plan.UNITS]
     block = lax.div(j, i32(c.block_tokens))
     segment = bundle * c.row_blocks + block
     at = lax.rem(j, i32(c.block_tokens)) * c.token_rows
     token = sequence[hopper_plan.QUERY_START] + j
     row = hopper_fetch.query_row(inputs, c, token, bundle)
-    at += hopper_fetch.row_shift(c, row) + first - bundle * (c.heads)
+    at += hopper_fetch.row_shift(c, row) + head
+    first = bundle * c.heads + head
     begin = sequence[hopper_plan.OFFSET] + segment * units
     first_cta = lax.div(begin, each)
     last_cta = lax.div(begin + units - 1, each)
     count = jnp.where(units > 0, last_cta - first_cta + 1, 0) * c.splits
     base = (first_cta + b * c.segments + segment) * c.splits
 
-    def some(i, carry):
+    def some(start, unroll, i, carry):
+      """Adds partials start + i * unroll and the next ones."""
       acc, m, l = carry
       lses, rows = [], []
-      for u in range(_UNROLL):
-        k = i * _UNROLL + u
+      for u in range(unroll):
+        k = start + i * unroll + u
         part = base + jnp.minimum(k, count - 1)
         lses.append([
-          jnp.where(k < count, o_lse, -jnp.inf)
-          for o_lse in (lse_ref[part, at + h] for h in range(heads))
+          jnp.where(k < count, lse_ref[part, at + h], -jnp.inf)
+          for h in range(heads)
         ])
         rows.append(mosaic.load(o_ref.at[part, pl.ds(at * H, size)],
                                 layout=layout))
@@ -149,27 +154,34 @@ def _kernel(inputs, c, heads, interpret, *refs):
     if sinks_ref:
       m = tuple(sinks_ref[0][first + h] * _LOG2E for h in range(heads))
       l = tuple(jnp.where(x == -jnp.inf, 0.0, 1.0) for x in m)
+    many, few = _UNROLL
+    rounds = lax.div(count, i32(many))
+    done = rounds * many
+    rest = lax.div(count - done + (few - 1), i32(few))
+    carry = spread([0.0] * heads), m, l
+    carry = lax.fori_loop(0, rounds, functools.partial(some, 0, many), carry)
     acc, m, l = lax.fori_loop(
-      0,
-      lax.div(count + (_UNROLL - 1), i32(_UNROLL)),
-      some,
-      (spread([0.0] * heads), m, l),
+      0, rest, functools.partial(some, done, few), carry
     )
     inverse = [jnp.where(x == 0.0, 0.0, 1.0 / x) for x in l]
     lse = [
       jnp.where(l[h] == 0.0, -jnp.inf, (m[h] + jnp.log2(l[h])) / _LOG2E)
       for h in range(heads)
     ]
-    store(token, acc * spread(inverse), lse)
+    store(token, first, acc * spread(inverse), lse)
+
+  @pl.when((b < B) & (j < sequence[hopper_plan.QUERY_LENGTH]))
+  def _():
+    each_chunk(merge_heads)
 
   if not inputs.decode:
     last = [sequences_ref[B - 1, i] for i in range(8)]
     used = last[hopper_plan.QUERY_START] + last[hopper_plan.QUERY_LENGTH]
+    zeros, dead = spread([0.0] * heads), [jnp.float32(-jnp.inf)] * heads
 
     @pl.when((x >= used) & (x < inputs.num_tokens))
     def _():
-      dead = jnp.array(-jnp.inf, jnp.float32)
-      store(x, spread([0.0] * heads), [dead] * heads)
+      each_chunk(lambda head: store(x, bundle * c.heads + head, zeros, dead))
 
 
 def _vector(size):

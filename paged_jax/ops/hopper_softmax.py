@@ -131,12 +131,16 @@ def _seen(inputs, c, wg, s, sequence, position, low, high):
   token = jnp.zeros_like(row)
   for j in range(1, c.block_tokens):
     token += (row >= j * c.token_rows).astype(jnp.int32)
-  if inputs.max_query_length > 1 and inputs.causal:
+  if inputs.max_query_length > 1:
     block = lax.rem(s, _i32(c.row_blocks)) * c.block_tokens
     first = sequence[hopper_plan.HIGH] - sequence[hopper_plan.QUERY_LENGTH]
     own = token + (first + block - position)
-    # Rows past the last token would see beyond the sequence.
-    seen = at < _across(jnp.minimum(own + 1, high), c.part)
+    if inputs.causal:
+      # Rows past the last token would see beyond the sequence.
+      seen = at < _across(jnp.minimum(own + 1, high), c.part)
+    else:  # tokens before the first position see nothing
+      end = jnp.where(own >= -position, c.part, 0)
+      seen &= at < _across(end, c.part)
     if inputs.window is not None:
       seen &= at > _across(own - inputs.window, c.part)
   if c.kb > 1:
@@ -172,25 +176,28 @@ def _zero_dead_rows(inputs, c, v_smem, low, high):
 
 def _write(c, partial, wg, acc, lse, o_ref, lse_ref, o_smem, lse_smem):
   """Stores a partial through shared memory, some columns at a time."""
-  columns = o_smem.shape[1]
+  columns = o_smem.shape[2]
 
   def copy(w, i):  # the rows of consumer w
     rows = min(c.rows - 64 * w, 64)
     target = pl.ds(64 * w, rows)
-    mosaic.copy_smem_to_gmem(
-      o_smem.at[pl.ds(0, rows)], o_ref.at[partial, target, pl.ds(i, columns)]
-    )
     if i == 0:
       mosaic.copy_smem_to_gmem(
         lse_smem.at[pl.ds(0, rows)], lse_ref.at[partial, target]
       )
+    mosaic.copy_smem_to_gmem(
+      o_smem.at[i % c.staging, pl.ds(0, rows)],
+      o_ref.at[partial, target, pl.ds(i * columns, columns)],
+    )
 
-  for i in range(0, acc.shape[1], columns):
-    # The staging buffer must have been read before it is overwritten.
-    mosaic.wait_smem_to_gmem(0, wait_read_only=True)
-    o_smem[...] = acc[:, i : i + columns]
-    if i == 0:
-      lse_smem[...] = lse
+  # A staging buffer must have been read before it is overwritten: the copies
+  # of the last segment at first, then all but the staging - 1 latest ones.
+  mosaic.wait_smem_to_gmem(0, wait_read_only=True)
+  lse_smem[...] = lse
+  for i in range(acc.shape[1] // columns):
+    if i >= c.staging:
+      mosaic.wait_smem_to_gmem(c.staging - 1, wait_read_only=True)
+    o_smem[i % c.staging] = acc[:, i * columns : (i + 1) * columns]
     mosaic.commit_smem()
     if c.consumers == 1:
       copy(0, i)

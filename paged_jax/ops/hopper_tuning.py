@@ -42,6 +42,8 @@ class Config:
   row_blocks: int  # row blocks a bundle
   bundles: int  # K / kb
   columns: int  # columns of a float32 partial staged in shared memory at once
+  staging: int  # buffers for that
+  merged: int  # neighbouring heads that a merging CTA does
 
   @property
   def rows(self) -> int:
@@ -98,9 +100,6 @@ def choose(
     raise NotImplementedError(
       f"max_query_length={Q}: the hopper decode kernel does 1 to 8"
     )
-  if Q > 1 and not g.causal:
-    # Tokens before the first position must see nothing: not masked yet.
-    raise NotImplementedError("several query tokens without causal")
   if p > 256 or p & (p - 1):
     raise NotImplementedError(f"page size {p}: not a power of two up to 256")
   if G > 128:
@@ -121,7 +120,7 @@ def choose(
       f"page size {p} with K={K} kv heads: a copy needs 8 rows, and no bundle "
       "of heads has them"
     )
-  if kb * G < merged_heads(H):
+  if kb * G < given.get("merged", merged_heads(H)):
     raise NotImplementedError(
       f"H={H} with {kb * G} query heads a bundle: rows are merged "
       f"{merged_heads(H)} heads at a time"
@@ -145,6 +144,8 @@ def choose(
     row_blocks=-(-Q // block_tokens),
     bundles=K // kb,
     columns=given.get("columns", 32 if H % 32 == 0 else 16),
+    staging=given.get("staging", 1),
+    merged=given.get("merged", merged_heads(H)),
   )
   room = _SMEM_BYTES // config.ctas_per_sm - _RESERVED - fixed_bytes(config, H)
   stages = given.get("stages", min(8, room // (2 * tile * H * 2)))
@@ -154,11 +155,12 @@ def choose(
 def fixed_bytes(config: Config, head_dim: int) -> int:
   """Shared memory besides the stages, bytes."""
   query = config.query_slots * 64 * config.consumers * head_dim * 2
-  return query + 64 * config.warpgroups * (config.columns + 1) * 4
+  staged = config.staging * config.columns + 1  # output, log-sum-exp
+  return query + 64 * config.warpgroups * staged * 4
 
 
 def merged_heads(head_dim: int) -> int:
-  """Heads a merging CTA does: their rows are a multiple of 128 numbers."""
+  """Fewest heads a merging CTA does: their rows fill 128 lanes."""
   return 128 // math.gcd(128, head_dim)
 
 

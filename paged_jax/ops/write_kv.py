@@ -74,6 +74,11 @@ def write_kv(
   k_slots, v_slots = _slots(slots, k.shape[0], v_pages is None)
 
   def put(pool, rows, slots):
+    if rows.shape[0] == 1:
+      # XLA turns a scatter of one row into a select over the whole pool, which
+      # copies it: a second row, dropped, keeps it a scatter.
+      rows = jnp.concatenate([rows, rows])
+      slots = jnp.concatenate([slots, jnp.full_like(slots, -1)])
     # Negative indices wrap before mode="drop" sees them: send them to P too.
     inside = (slots >= 0) & (slots < num_pages * page_size)
     page = jnp.where(inside, slots // page_size, num_pages)

@@ -113,14 +113,17 @@ def _blocks(inputs, starts, counts, rows) -> _Segments:
 def _tiling(inputs: Inputs, rows: int, segments: int) -> tuple[int, int]:
   """Returns (pages a tile, lanes): enough work an iteration, caches permitting.
 
-  A CPU holds some 1 MB of K and of V in its caches, and one prefill tile keeps
-  its cores busy; on a GPU an iteration costs some ten launches, so many lanes.
+  On a CPU one sequence is served best from the first caches, several by few
+  iterations, and one prefill tile keeps the cores busy; on a GPU an iteration
+  costs some ten launches, so many lanes.
   """
-  pages = min(max(1, 256 // inputs.page_size), inputs.max_pages)
+  one_row, on_cpu = rows == 1, _on_cpu()
+  tokens = (128 if segments == 1 else 512) if one_row and on_cpu else 256
+  pages = min(max(1, tokens // inputs.page_size), inputs.max_pages)
   tiles = segments * -(-inputs.max_pages // pages)
-  if _on_cpu():
-    return pages, min(8 if rows == 1 else 1, tiles)
-  return pages, min(128 if rows == 1 else 32, tiles)
+  if on_cpu:
+    return pages, min(4 if one_row else 1, tiles)
+  return pages, min(128 if one_row else 32, tiles)
 
 
 def _on_cpu() -> bool:
