@@ -33,6 +33,9 @@ def run(
       return main(argv)
     except USER_ERRORS as error:
       fail(error)
+    except KeyboardInterrupt:
+      print("interrupted: rows already written are kept", file=sys.stderr)
+      return 130
 
   if config is not None:
     config = str(pathlib.Path(__file__).parents[1] / config)
