@@ -60,6 +60,49 @@ MUTANTS = {
     "m = m + 0",
     "test_ragged_lengths",
   ),
+  # Plain jnp.
+  "xla: dead K and V not zeroed": (
+    "xla.py",
+    "dead = jnp.any((bounds[0] > 0) | (bounds[1] < p))",
+    "dead = jnp.any(bounds[0] > 2**30)",
+    "test_dead_slots_change_no_bit",
+  ),
+  "xla: keys past the length seen": (
+    "xla.py",
+    "live = (offset >= bounds[0][..., None]) & (offset < bounds[1][..., None])",
+    "live = (offset >= bounds[0][..., None]) & (offset < p)",
+    "test_ragged_lengths",
+  ),
+  "xla: keys before the window seen": (
+    "xla.py",
+    "live = (offset >= bounds[0][..., None]) & (offset < bounds[1][..., None])",
+    "live = (offset >= 0) & (offset < bounds[1][..., None])",
+    "test_window",
+  ),
+  "xla: not causal": (
+    "xla.py",
+    "mask &= position[:, None] <= here[..., None]",
+    "mask &= True",
+    "test_ragged_lengths",
+  ),
+  "xla: no window": (
+    "xla.py",
+    "mask &= position[:, None] > here[..., None] - inputs.window",
+    "mask &= True",
+    "test_window",
+  ),
+  "xla: queries before position 0 see keys": (
+    "xla.py",
+    "mask = mask & (here >= 0)[..., None]",
+    "mask = mask & (here >= -99)[..., None]",
+    "test_more_queries_than_keys_without_causal",
+  ),
+  "xla: logits not masked": (
+    "xla.py",
+    "logits = jnp.where(mask, logits, -jnp.inf)",
+    "logits = logits + 0",
+    "test_ragged_lengths",
+  ),
   # The Triton kernels.
   "triton: keys past the length seen": (
     "triton_tiles.py",
@@ -93,14 +136,14 @@ MUTANTS = {
   ),
   "triton: dead V loaded": (
     "triton_tiles.py",
-    "v = load_rows(tiles, v_pages, (layer, page, kv_head, offset), live)",
-    "v = load_rows(tiles, v_pages, (layer, page, kv_head, offset), None)",
+    "v = load_tile(v_rows, table, column, offset, live)",
+    "v = load_tile(v_rows, table, column, offset, None)",
     "test_dead_slots_change_no_bit",
   ),
   "triton: V pages by K's table": (
     "triton_tiles.py",
-    "page = pages_of(v_table, column, some)",
-    "page = pages_of(k_table, column, some)",
+    "v = load_tile(v_rows, table, column, offset, live)",
+    "v = load_tile(v_rows, k_table, column, offset, live)",
     "test_combined_tables",
   ),
   "triton: fully masked rows are not 0": (
