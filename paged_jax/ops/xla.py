@@ -113,17 +113,25 @@ def _blocks(inputs, starts, counts, rows) -> _Segments:
 def _tiling(inputs: Inputs, rows: int, segments: int) -> tuple[int, int]:
   """Returns (pages a tile, lanes): enough work an iteration, caches permitting.
 
-  On a CPU one sequence is served best from the first caches, several by few
-  iterations, and one prefill tile keeps the cores busy; on a GPU an iteration
-  costs some ten launches, so many lanes.
+  On a CPU an iteration's keys stay in the caches: the first ones for a single
+  sequence, 2 MiB for several, which then take fewer iterations; one prefill
+  tile keeps the cores busy. On a GPU an iteration costs some ten launches, so
+  many lanes.
   """
   one_row, on_cpu = rows == 1, _on_cpu()
-  tokens = (128 if segments == 1 else 512) if one_row and on_cpu else 256
-  pages = min(max(1, tokens // inputs.page_size), inputs.max_pages)
-  tiles = segments * -(-inputs.max_pages // pages)
+  tokens = 256
   if on_cpu:
-    return pages, min(4 if one_row else 1, tiles)
-  return pages, min(128 if one_row else 32, tiles)
+    lanes = 4 if one_row else 1
+  else:
+    lanes = 128 if one_row else 32
+  if one_row and on_cpu:
+    token_bytes = inputs.num_kv_heads * inputs.head_dim
+    token_bytes *= inputs.query.dtype.itemsize
+    cached = 2**19 if segments == 1 else 2**21
+    tokens = min(max(cached // (lanes * token_bytes), 32), 512)
+    tokens = 1 << (tokens.bit_length() - 1)
+  pages = min(max(1, tokens // inputs.page_size), inputs.max_pages)
+  return pages, min(lanes, segments * -(-inputs.max_pages // pages))
 
 
 def _on_cpu() -> bool:
