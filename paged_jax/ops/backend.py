@@ -10,7 +10,8 @@ Mosaic half: `mosaic` is the dialect, `mosaic_call` launches a kernel,
 `matmul` and `matmul_add` are its tensor-core products, `copy_if` its copy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ def triton_call(
   num_warps: int,
   num_stages: int,
   interpret: bool,
+  aliases: Mapping[int, int] = MappingProxyType({}),
 ) -> Callable[..., Sequence[jax.Array]]:
   """Returns `pl.pallas_call` of a kernel that sees every array whole.
 
@@ -43,12 +45,14 @@ def triton_call(
     num_warps: warps of 32 threads a program.
     num_stages: depth of the software pipeline that the compiler makes of loops.
     interpret: whether to run it as plain XLA operations, on any device.
+    aliases: outputs by the input whose memory they take over, both by number.
   """
   return pl.pallas_call(
     kernel,
     name=name,
     grid=grid,
     out_shape=tuple(out_shape),
+    input_output_aliases=dict(aliases),
     # Always explicit: jax picks the dialect by it, and by version without it.
     compiler_params=plt.CompilerParams(
       num_warps=num_warps, num_stages=num_stages

@@ -2,9 +2,11 @@
 
     slot = page * p + offset        pool[layer, page, head, offset] = k[t, head]
 
-One scatter with three index axes: XLA keeps it in place when the pool is
-donated. Slots outside 0..P*p-1 (the null slot P*p, or any negative one) are
-dropped.
+Slots outside 0..P*p-1 (the null slot P*p, or any negative one) are dropped. Two
+implementations, both in place when the pools are donated:
+
+    xla       a scatter each for K and V, with three index axes
+    triton    one kernel for both, see triton_write.py
 """
 
 from typing import Any
@@ -12,7 +14,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from paged_jax.ops import implementations, triton_write
 from paged_jax.ops import inputs as inputs_lib
+
+IMPLEMENTATIONS = ("xla", "triton")
 
 
 def write_kv(
@@ -23,6 +28,8 @@ def write_kv(
   slots: Int[Array, "T"] | Int[Array, "2 T"],
   *,
   layer: int | Int[Array, ""] | None = None,
+  implementation: str | None = None,
+  interpret: bool | None = None,
 ) -> tuple[Float[Array, "*L P K p H"], Float[Array, "*L P K p H"] | None]:
   """Writes T new tokens to their slots; every other element keeps its bits.
 
@@ -37,12 +44,16 @@ def write_kv(
     slots: int32 [T], `page * p + offset`, or [2, T], row 0 for K and row 1 for
       V. A slot outside 0..P*p-1 drops its token.
     layer: index of the layer in a 5-D pool, an int or a traced scalar.
+    implementation: "xla" or "triton": that one runs or raises. None: xla.
+    interpret: whether triton is interpreted. None: natively on a GPU,
+      interpreted elsewhere.
 
   Returns:
     (k_pages, v_pages) with the tokens written; v_pages None if it was None.
 
   Raises:
     ValueError: an argument's rank, dtype or size does not fit; names it.
+    NotImplementedError: the named implementation cannot do this call.
   """
   k_pages, at_layer = inputs_lib.as_pool("k_pages", k_pages, layer)
   if v_pages is not None:
@@ -71,7 +82,41 @@ def write_kv(
     raise ValueError(
       f"v has shape {v.shape} but k has {k.shape}: write as many values as keys"
     )
-  k_slots, v_slots = _slots(slots, k.shape[0], v_pages is None)
+  slots = _slots(slots, k.shape[0], v_pages is None)
+  pools = (k_pages,) if v_pages is None else (k_pages, v_pages)
+  interpret = implementations.resolve_interpret(interpret)
+  for name in _candidates(implementation):
+    try:
+      if name == "triton":
+        pools = _triton(pools, k, v, slots, at_layer, interpret)
+      else:
+        pools = _xla(pools, k, v, slots, at_layer)
+      break
+    except NotImplementedError:
+      if implementation is not None:
+        raise
+  return (*pools, None)[:2]
+
+
+def _candidates(name: str | None) -> tuple[str, ...]:
+  if name is not None and name not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"implementation is {name!r}: pass None (automatic), 'xla' or 'triton'"
+    )
+  return ("xla",) if name is None else (name,)
+
+
+def _triton(pools, k, v, slots, layer, interpret):
+  shape = pools[0].shape
+  if layer is None:
+    layer = jnp.int32(0)
+    pools = tuple(pool[None] for pool in pools)
+  out = triton_write.write(pools, k, v, slots, layer, interpret=interpret)
+  return tuple(pool.reshape(shape) for pool in out)
+
+
+def _xla(pools, k, v, slots, layer):
+  *_, num_pages, _, page_size, _ = pools[0].shape
 
   def put(pool, rows, slots):
     if rows.shape[0] == 1:
@@ -83,13 +128,13 @@ def write_kv(
     inside = (slots >= 0) & (slots < num_pages * page_size)
     page = jnp.where(inside, slots // page_size, num_pages)
     offset = jnp.where(inside, slots % page_size, 0)
-    at = () if at_layer is None else (at_layer,)
+    at = () if layer is None else (layer,)
     return pool.at[*at, page, :, offset].set(rows, mode="drop")
 
-  k_pages = put(k_pages, k, k_slots)
-  if v_pages is None:
-    return put(k_pages, v, v_slots), None
-  return k_pages, put(v_pages, v, v_slots)
+  k_slots, v_slots = slots if slots.ndim == 2 else (slots, slots)
+  if len(pools) == 1:
+    return (put(put(pools[0], k, k_slots), v, v_slots),)
+  return put(pools[0], k, k_slots), put(pools[1], v, v_slots)
 
 
 def _slots(slots: Any, num_tokens: int, one_pool: bool):
@@ -101,10 +146,8 @@ def _slots(slots: Any, num_tokens: int, one_pool: bool):
       f"slots has {slots.shape[-1]} entries for T={num_tokens} tokens: give "
       "one slot a token (the null slot drops it)"
     )
-  if not pair:
-    return slots, slots
-  if slots.shape[0] != 2:
+  if pair and slots.shape[0] != 2:
     raise ValueError(
       f"slots has shape {slots.shape}: pass [2, T], row 0 for K, row 1 for V"
     )
-  return slots[0], slots[1]
+  return slots

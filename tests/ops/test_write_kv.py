@@ -1,5 +1,6 @@
 """The slot writer: the right slots, no others, and never a copy of the pool."""
 
+import functools
 import re
 
 import jax
@@ -9,9 +10,15 @@ import numpy as np
 import pytest
 
 import paged_jax
+from paged_jax.ops import write_kv as write_kv_lib
 
 L, P, K, p, H = 3, 10, 2, 4, 8  # sizes of the exhaustive tests
 NULLS = (-1, -2, -P * p, P * p, P * p + 1, 2**31 - 1, -(2**31))
+
+# On a CPU the kernel is interpreted.
+each_implementation = pytest.mark.parametrize(
+  "implementation", write_kv_lib.IMPLEMENTATIONS
+)
 
 
 def _pool(rng, *lead, dtype=np.float32):
@@ -41,49 +48,57 @@ def _same_bits(a, b):
   assert a.tobytes() == b.tobytes()
 
 
+@each_implementation
 @pytest.mark.parametrize("traced", (False, True))
 @pytest.mark.parametrize("layer", (None, 0, L - 1))
-def test_every_slot_against_a_loop(layer, traced):
+def test_every_slot_against_a_loop(layer, traced, implementation):
   rng = np.random.default_rng(layer or 7)
   lead = () if layer is None else (L,)
   slots = rng.permutation(np.r_[np.arange(0, P * p, 2), NULLS])
   slots = slots.astype(np.int32)
   k_pages, v_pages = _pool(rng, *lead), _pool(rng, *lead)
   k, v = rng.standard_normal((2, len(slots), K, H)).astype(np.float32)
-  write = paged_jax.write_kv
+  write = functools.partial(
+    paged_jax.write_kv, implementation=implementation
+  )
   if traced:
-    write = jax.jit(paged_jax.write_kv)
+    write = jax.jit(write)
   arrays = map(jnp.asarray, (k_pages, v_pages, k, v, slots))
   got_k, got_v = write(*arrays, layer=layer)
   _same_bits(got_k, _by_loop(k_pages, k, slots, layer))
   _same_bits(got_v, _by_loop(v_pages, v, slots, layer))
 
 
+@each_implementation
 @pytest.mark.parametrize("slot", range(P * p))
-def test_one_token_in_each_slot(slot):
+def test_one_token_in_each_slot(slot, implementation):
   rng = np.random.default_rng(slot)
   pool, rows = _pool(rng, L), rng.standard_normal((1, K, H), np.float32)
   slots = np.array([slot], np.int32)
   layer = slot % L
-  got, _ = _WRITE(*map(jnp.asarray, (pool, pool, rows, rows, slots)), layer)
+  arrays = map(jnp.asarray, (pool, pool, rows, rows, slots))
+  got, _ = _WRITE(*arrays, layer, implementation)
   _same_bits(got, _by_loop(pool, rows, slots, layer))
 
 
+@each_implementation
 @pytest.mark.parametrize("slot", NULLS)
-def test_null_slots_change_nothing(slot):
+def test_null_slots_change_nothing(slot, implementation):
   rng = np.random.default_rng(0)
   pool = _pool(rng, L)
   rows = np.ones((1, K, H), np.float32)
   slots = np.array([slot], np.int32)
   for layer in range(L):
-    got = _WRITE(*map(jnp.asarray, (pool, pool, rows, rows, slots)), layer)
+    arrays = map(jnp.asarray, (pool, pool, rows, rows, slots))
+    got = _WRITE(*arrays, layer, implementation)
     _same_bits(got[0], pool)
     _same_bits(got[1], pool)
 
 
+@each_implementation
 @pytest.mark.parametrize("one_pool", (False, True))
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, np.float32))
-def test_slots_of_their_own_for_k_and_v(one_pool, dtype):
+def test_slots_of_their_own_for_k_and_v(one_pool, dtype, implementation):
   rng = np.random.default_rng(1)
   order = rng.permutation(P * p).astype(np.int32)
   slots = np.stack([order[:9], order[9:18]])
@@ -94,6 +109,7 @@ def test_slots_of_their_own_for_k_and_v(one_pool, dtype):
     jnp.asarray(k_pages),
     None if one_pool else jnp.asarray(v_pages),
     *map(jnp.asarray, (k, v, slots)),
+    implementation=implementation,
   )
   want = _by_loop(k_pages, k, slots[0], None)
   if one_pool:
@@ -104,11 +120,41 @@ def test_slots_of_their_own_for_k_and_v(one_pool, dtype):
     _same_bits(got_v, _by_loop(v_pages, v, slots[1], None))
 
 
-_WRITE = jax.jit(
-  lambda k_pages, v_pages, k, v, slots, layer: paged_jax.write_kv(
-    k_pages, v_pages, k, v, slots, layer=layer
+@pytest.mark.parametrize("head_dim, num_kv_heads, page_size, num_tokens", (
+  (80, 3, 1, 41), (128, 8, 16, 2), (256, 1, 3, 29), (64, 5, 32, 130),
+))
+def test_head_sizes_off_the_tile(
+  head_dim, num_kv_heads, page_size, num_tokens
+):
+  """The kernel's tiles are powers of two, rows and heads need not be."""
+  rng = np.random.default_rng(head_dim)
+  num_pages = -(-num_tokens // page_size) + 2
+  size = (2, num_pages, num_kv_heads, page_size, head_dim)
+  slots = rng.permutation(num_pages * page_size)[:num_tokens].astype(np.int32)
+  k_pages, v_pages = rng.standard_normal((2, *size)).astype(np.float16)
+  k, v = rng.standard_normal((2, num_tokens, num_kv_heads, head_dim))
+  k, v = k.astype(np.float16), v.astype(np.float16)
+  got = _WRITE(
+    *map(jnp.asarray, (k_pages, v_pages, k, v, slots)), 1, "triton"
   )
-)
+  for pool, rows, new in zip((k_pages, v_pages), (k, v), got):
+    want = pool.copy()
+    want[1].swapaxes(1, 2)[slots // page_size, slots % page_size] = rows
+    _same_bits(new, want)
+
+
+def test_an_unknown_implementation_is_named():
+  pool = jnp.zeros((P, K, p, H))
+  rows, slots = jnp.zeros((1, K, H)), jnp.zeros(1, jnp.int32)
+  with pytest.raises(ValueError, match="implementation is 'hopper'"):
+    paged_jax.write_kv(pool, pool, rows, rows, slots, implementation="hopper")
+
+
+@functools.partial(jax.jit, static_argnums=6)
+def _WRITE(k_pages, v_pages, k, v, slots, layer, implementation):
+  return paged_jax.write_kv(
+    k_pages, v_pages, k, v, slots, layer=layer, implementation=implementation
+  )
 
 
 # --- in place, read off the compiled program --------------------------------
