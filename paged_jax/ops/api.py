@@ -109,6 +109,13 @@ def paged_attention(
   if plan is not None:
     geometry = _geometry(inputs)
     plan_lib.check_plan(plan, page_table, lengths, query_starts, geometry)
+    if plan.batch_invariant:
+      if implementation not in (None, plan.implementation):
+        raise ValueError(
+          f"implementation is {implementation!r} but the plan is a batch-"
+          f"invariant one for {plan.implementation!r}: name that or none"
+        )
+      implementation = plan.implementation
   interpret = implementations.resolve_interpret(interpret)
   refusals = []
   for name in implementations.candidates(implementation):
@@ -137,6 +144,7 @@ def plan_attention(
   max_query_length: int | None = None,
   causal: bool = True,
   window: int | None = None,
+  batch_invariant: bool = False,
   implementation: str | None = None,
 ) -> plan_lib.AttentionPlan:
   """Makes what all layers of one step share: work balanced over the chip.
@@ -156,6 +164,10 @@ def plan_attention(
     max_query_length: as in `paged_attention`; needed with query_starts.
     causal: as in `paged_attention`.
     window: as in `paged_attention`.
+    batch_invariant: whether the output bits of a sequence must depend on that
+      sequence alone, not on what else is in the batch, nor on B: its work is
+      then split at places that its own length decides. Costs some speed; up to
+      `max_query_length` 8, by "hopper" only.
     implementation: as in `paged_attention`.
 
   Returns:
@@ -163,6 +175,7 @@ def plan_attention(
 
   Raises:
     ValueError: an argument does not fit.
+    NotImplementedError: the implementation cannot do it (batch_invariant).
   """
   combined = getattr(page_table, "ndim", None) == 3
   axes = ("B", "2", "M") if combined else ("B", "M")
@@ -203,6 +216,24 @@ def plan_attention(
   known = (
     num_heads, num_kv_heads, head_dim, page_size, dtype, max_query_length
   )
+  if not isinstance(batch_invariant, bool):
+    raise ValueError(
+      f"batch_invariant is {batch_invariant!r}: pass True or False"
+    )
+  options = {}
+  if batch_invariant:
+    if any(x is None for x in known):
+      raise ValueError(
+        "batch_invariant needs num_heads, num_kv_heads, head_dim, page_size, "
+        "dtype and max_query_length: pass all of them"
+      )
+    options = dict(batch_invariant=True)
+    implementation = implementation or "hopper"
+    if implementation != "hopper":
+      raise NotImplementedError(
+        f"batch_invariant with implementation {implementation!r}: only "
+        "'hopper' can"
+      )
   name = implementations.candidates(implementation)[0]
   make = getattr(implementations.load(name), "make_plan", None)
   geometry = work = None
@@ -219,7 +250,7 @@ def plan_attention(
       combined=combined,
     )
     try:
-      work = make(page_table, lengths, query_starts, geometry)
+      work = make(page_table, lengths, query_starts, geometry, **options)
     except NotImplementedError:
       if implementation is not None:
         raise
@@ -231,6 +262,7 @@ def plan_attention(
     work=work,
     implementation=name,
     geometry=geometry,
+    batch_invariant=batch_invariant,
   )
 
 

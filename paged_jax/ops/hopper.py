@@ -3,7 +3,7 @@
 Two kernels: `paged_decode` (hopper_decode.py) computes partial results in equal
 shares, `paged_decode_merge` (hopper_merge.py) puts them together. What each CTA
 does is planned on the device, once a step (hopper_plan.py), in shapes that
-hopper_tuning.py chooses.
+hopper_tuning.py chooses. What no tile fits is left to `triton`.
 """
 
 import functools
@@ -17,6 +17,7 @@ from paged_jax.ops import (
   hopper_merge,
   hopper_plan,
   hopper_tuning,
+  triton,
 )
 from paged_jax.ops.inputs import Inputs
 from paged_jax.ops.plan import Geometry
@@ -44,17 +45,27 @@ def attend(
     window=inputs.window,
     combined=inputs.combined,
   )
-  config = hopper_tuning.choose(
-    geometry, inputs.num_sequences, inputs.max_pages
-  )
-  _check(inputs, config)
+  if not (inputs.num_tokens and inputs.num_sequences):
+    raise NotImplementedError("no query tokens, or no sequences")
   if plan is None:
+    try:
+      config = hopper_tuning.choose(
+        geometry,
+        inputs.num_sequences,
+        inputs.max_pages,
+        decode=inputs.decode,
+      )
+    except hopper_tuning.TooFewRows:
+      # A page of fewer than 8 rows cannot be copied, and more than 64 query
+      # rows of a kv head of H > 128 overflow the registers.
+      return triton.attend(inputs, interpret=interpret)
     plan = hopper_plan.make_work(
       inputs.lengths,
       inputs.query_starts,
       geometry,
       config,
       sms * config.ctas_per_sm,
+      inputs.max_pages,
     )
   return _attend(inputs, plan, interpret)
 
@@ -63,7 +74,9 @@ def attend(
 # kernel), however often a model calls it.
 @functools.partial(jax.jit, static_argnums=2, inline=False)
 def _attend(inputs, plan, interpret):
-  partial, lse = hopper_decode.partials(inputs, plan, interpret=interpret)
+  partial, lse = hopper_decode.attend(inputs, plan, interpret=interpret)
+  if plan.config.cut == hopper_tuning.WHOLE:
+    return partial.reshape(inputs.query.shape), lse
   return hopper_merge.merge(inputs, plan, partial, lse, interpret=interpret)
 
 
@@ -72,28 +85,31 @@ def make_plan(
   lengths: Int[Array, "B"],
   query_starts: Int[Array, "B+1"] | None,
   geometry: Geometry,
-) -> hopper_plan.Work:
-  """Returns what all layers of a step share.
+  *,
+  batch_invariant: bool = False,
+) -> hopper_plan.Work | None:
+  """Returns what all layers of a step share; None if there is nothing.
 
   Raises:
     NotImplementedError: `attend` would refuse these calls.
   """
   sms = _num_sms(interpret=None)
-  config = hopper_tuning.choose(
-    geometry, lengths.shape[0], page_table.shape[-1]
-  )
+  B, M = lengths.shape[0], page_table.shape[-1]
+  try:
+    config = hopper_tuning.choose(
+      geometry,
+      B,
+      M,
+      decode=query_starts is None,
+      batch_invariant=batch_invariant,
+    )
+  except hopper_tuning.TooFewRows:
+    if batch_invariant:
+      raise
+    return None  # `attend` takes another kernel
   return hopper_plan.make_work(
-    lengths, query_starts, geometry, config, sms * config.ctas_per_sm
+    lengths, query_starts, geometry, config, sms * config.ctas_per_sm, M
   )
-
-
-def _check(inputs: Inputs, config: hopper_tuning.Config) -> None:
-  """Refuses what only the call itself tells."""
-  if not (inputs.num_tokens and inputs.num_sequences):
-    raise NotImplementedError("no query tokens, or no sequences")
-  pages = inputs.k_pages.shape[0] * inputs.num_pages * config.bundles
-  if pages >= 2**31:
-    raise NotImplementedError(f"{pages} page tiles: an index is an int32")
 
 
 def _num_sms(interpret: bool | None) -> int:

@@ -1,7 +1,7 @@
 """Paged decode on Hopper: a persistent, warp-specialised Pallas kernel.
 
-Each CTA walks its piece of the line of pages (hopper_plan.py). One warpgroup
-fetches, one or two compute:
+Each CTA walks its share of the line of pages (hopper_plan.py). One warpgroup
+fetches, one computes, or two that share the query rows when those are many:
 
     producer                              consumer
     for each segment:                     for each segment:
@@ -10,7 +10,7 @@ fetches, one or two compute:
         wait until the slot is free           wait K;  s = q k^T
         copy the live pages of K, then V      mask, online softmax
                                               wait V;  acc += p v
-                                            write acc / l and log2-sum-exp
+                                            write acc / l and log-sum-exp
 
 A tile is `tile` rows of keys in shared memory: some pages, each [kb * p, H],
 the p tokens of kb neighbouring heads (one TMA copy, as they lie together in the
@@ -25,72 +25,100 @@ are not copied (the copy is predicated off, its arrival still counts); in a tile
 that is not live throughout the dead rows of V are overwritten by zeros. Logits
 are masked by position. Nothing is read beyond a table row's M entries.
 
-Two computing warpgroups share either the query rows (when those are many) or
-the rows of each tile; in the latter case each has a softmax of its own.
-
-The partial result of a segment in a warpgroup is float32 [rows, H], normalised,
-with its log2-sum-exp; hopper_merge.py makes the output of them.
+The partial result of a segment in a CTA is float32 [rows, H], normalised, with
+its log2-sum-exp; hopper_merge.py makes the output of them. Where every CTA
+takes whole segments (hopper_plan.WHOLE) it writes the output itself.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from paged_jax.ops import backend, hopper_fetch, hopper_plan, hopper_softmax
+from paged_jax.ops import (
+  backend,
+  hopper_fetch,
+  hopper_plan,
+  hopper_softmax,
+  hopper_tuning,
+)
 from paged_jax.ops.backend import mosaic
 from paged_jax.ops.inputs import Inputs
 
 
-def partials(
+class Stretch(NamedTuple):
+  """What a CTA computes in one go: pages of one segment, or all of them."""
+
+  b: Any  # sequence
+  segment: Any  # which of its segments
+  sequence: Any  # its plan row
+  begin: Any  # first position
+  end: Any  # past the last position, in whole units
+  tiles: Any
+  done: Any  # tiles of this CTA before
+  n: Any  # stretches of this CTA before
+  partial: Any  # name of the partial result
+  next_b: Any  # sequence and first position of the next stretch
+  next_begin: Any
+
+
+def attend(
   inputs: Inputs, work: hopper_plan.Work, *, interpret: bool
-) -> tuple[Float[Array, "partials rows H"], Float[Array, "partials rows"]]:
+) -> tuple[jax.Array, jax.Array]:
   """Returns every CTA's share of every segment, float32, and its log2-LSE.
 
-  Rows of a partial are query tokens times token rows; see the module. Entries
-  that no CTA owns are never written.
+  [partials, rows, width] and [partials, rows]; rows of a partial are query
+  tokens times token rows, see the module. Entries that no CTA owns, and columns
+  from H on, are never written. If segments are whole: the output [T * N, H]
+  and the natural-log LSE [T, N].
   """
   c, H = work.config, inputs.head_dim
   dtype = inputs.query.dtype
   folded = (-1, c.kb * inputs.page_size, H)  # [L * P * bundles, kb * p, H]
-  rows = 64 * c.warpgroups
+  rows = 64 * c.consumers
   tables = [inputs.k_table] + ([inputs.v_table] if inputs.combined else [])
   tiled = _tiled(H, dtype)
   barrier = mosaic.Barrier
   stage = mosaic.SMEM((c.stages, c.tile, H), dtype, transforms=tiled)
+  whole = c.cut == hopper_tuning.WHOLE
+  staged = dtype if whole else jnp.float32
+  out_shape = (
+    (work.num_partials, c.rows, c.width), (work.num_partials, c.rows)
+  )
+  sinks = ()
+  if whole:
+    T, N, _ = inputs.query.shape
+    out_shape = (T * N, H), (T, N)
+    sinks = () if inputs.sinks is None else (inputs.sinks,)
   kernel = backend.mosaic_call(
     functools.partial(_kernel, inputs, c, interpret),
     name="paged_decode",
     grid=(work.num_ctas,),
     grid_names=("cta",),
     out_shape=(
-      jax.ShapeDtypeStruct((work.num_partials, c.rows, H), jnp.float32),
-      jax.ShapeDtypeStruct((work.num_partials, c.rows), jnp.float32),
+      jax.ShapeDtypeStruct(out_shape[0], staged),
+      jax.ShapeDtypeStruct(out_shape[1], jnp.float32),
     ),
     scratch=(
-      mosaic.SMEM(
-        (c.query_slots, 64 * c.consumers, H), dtype, transforms=tiled
-      ),
+      mosaic.SMEM((c.query_slots, rows, H), dtype, transforms=tiled),
       stage,
       stage,
       mosaic.SMEM(
-        (c.staging, rows, c.columns),
-        jnp.float32,
-        transforms=_tiled(c.columns, jnp.float32),
+        (rows, c.columns), staged, transforms=_tiled(c.columns, staged)
       ),
       mosaic.SMEM((rows,), jnp.float32),
       barrier(num_arrivals=c.block_tokens, num_barriers=c.query_slots),
-      barrier(num_arrivals=c.warpgroups, num_barriers=c.query_slots),
+      barrier(num_arrivals=c.consumers, num_barriers=c.query_slots),
       barrier(num_arrivals=c.copies, num_barriers=c.stages),
       barrier(num_arrivals=c.copies, num_barriers=c.stages),
-      barrier(num_arrivals=c.warpgroups, num_barriers=c.stages),
-      barrier(num_arrivals=c.warpgroups, num_barriers=c.stages),
+      barrier(num_arrivals=c.consumers, num_barriers=c.stages),
+      barrier(num_arrivals=c.consumers, num_barriers=c.stages),
       barrier(num_arrivals=c.consumers),
     ),
-    num_warpgroups=c.warpgroups + 1,
+    num_warpgroups=c.consumers + 1,
     interpret=interpret,
   )
   return kernel(
@@ -101,6 +129,7 @@ def partials(
     work.sequences,
     inputs.layer.reshape(1),
     *tables,
+    *sinks,
   )
 
 
@@ -118,88 +147,122 @@ def _query_rows(inputs, c, interpret):
 
 def _kernel(inputs, c, interpret, *refs):
   """Dispatches the warpgroups; `inputs` is used for its static facts only."""
+  q_ref, k_ref, v_ref, ctas_ref, sequences_ref, layer_ref, *refs = refs
   num_tables = 2 if inputs.combined else 1
-  q_ref, k_ref, v_ref, ctas_ref, sequences_ref, layer_ref = refs[:6]
-  tables = refs[6 : 6 + num_tables]
-  o_ref, lse_ref, q_smem, k_smem, v_smem, o_smem, lse_smem = refs[
-    6 + num_tables : 13 + num_tables
-  ]
-  *barriers, v_clean = refs[13 + num_tables :]
+  tables, refs = refs[:num_tables], refs[num_tables:]
+  sinks_ref = None
+  if c.cut == hopper_tuning.WHOLE and inputs.sinks is not None:
+    sinks_ref, *refs = refs
+  o_ref, lse_ref, q_smem, k_smem, v_smem, o_smem, lse_smem, *barriers = refs
+  *barriers, v_clean = barriers
   cta = lax.axis_index("cta")
   wg = lax.axis_index("wg")
-  # The plan is older than any kernel that may still run: read it ahead.
-  start = tuple(ctas_ref[cta, i] for i in range(11))
-  backend.wait_for_previous_kernel(interpret)
-  backend.start_next_kernel(interpret)
-  walk = functools.partial(_walk, c, sequences_ref, start)
+  # The plan and the page table are older than any kernel that may still run:
+  # they are read ahead.
+  columns = 7 if c.cut == hopper_tuning.EQUAL else 10
+  start = tuple(ctas_ref[cta, i] for i in range(4 + columns))
+  walk = functools.partial(_walk, c, sequences_ref, start, cta)
 
-  @pl.when(wg == c.warpgroups)
+  def wait():
+    backend.wait_for_previous_kernel(interpret)
+    backend.start_next_kernel(interpret)
+
+  @pl.when(wg == c.consumers)
   def _():
     hopper_fetch.fetch(
       inputs,
       c,
       walk,
+      wait,
       interpret,
-      layer_ref[0],
-      (q_ref, k_ref, v_ref, *tables),
+      (q_ref, k_ref, v_ref, layer_ref, *tables),
       (q_smem, k_smem, v_smem),
       barriers,
     )
 
-  @pl.when(wg < c.warpgroups)
+  @pl.when(wg < c.consumers)
   def _():
-    stage = pl.ds(wg * 64, 64)
-    rows = stage if c.consumers > 1 else pl.ds(0, 64)
-    part = pl.ds(wg * c.part, c.part) if c.splits > 1 else pl.ds(0, c.tile)
+    wait()
+    rows = pl.ds(wg * 64, 64)
     hopper_softmax.attend(
       inputs,
       c,
       walk,
       interpret,
       wg,
-      (o_ref, lse_ref, cta),
+      (o_ref, lse_ref, sinks_ref),
       (
-        q_smem.at[:, rows],
-        k_smem.at[:, part],
-        v_smem.at[:, part],
-        o_smem.at[:, stage],
-        lse_smem.at[stage],
+        q_smem.at[:, rows], k_smem, v_smem, o_smem.at[rows], lse_smem.at[rows]
       ),
       (*barriers, v_clean),
     )
 
 
-def _walk(c, sequences_ref, start, body):
-  """Calls `body` for each segment of this CTA's piece of the line.
+def _walk(c, sequences_ref, start, cta, begin, body):
+  """Calls `body` for each stretch of this CTA's share of the line.
 
-  body(b, segment, sequence, begin, end, tiles, done, n): positions begin ..
-  end - 1, in whole units, of `segment` of sequence b, whose plan row is
-  `sequence`; `done` tiles and `n` segments came before.
+  begin(b, position) -> carry, for the first stretch;
+  body(stretch, carry) -> carry.
 
   Returns:
-    The numbers of tiles and of segments.
+    The numbers of tiles and of stretches.
   """
-  units, b, segment, unit, *sequence = start
+  equal = c.cut == hopper_tuning.EQUAL
+
+  def first_unit(sequence, item):
+    return item if equal else item * sequence[hopper_plan.PIECE]
+
+  def position(sequence, unit):
+    return (sequence[hopper_plan.FIRST] + unit) * c.step
 
   def one(carry):
-    left, b, segment, unit, done, n, sequence = carry
-    count = jnp.minimum(sequence[hopper_plan.UNITS] - unit, left)
-    last = segment + 1 >= c.segments
-    b_next = jnp.where(last, sequence[hopper_plan.NEXT], b)
+    left, b, segment, item, done, n, sequence, carry = carry
+    unit = first_unit(sequence, item)
+    units = sequence[hopper_plan.UNITS]
+    if equal:
+      taken = count = jnp.minimum(units - unit, left)
+      ended = True  # or nothing is left
+      partial = cta + b * c.segments + segment
+    else:
+      taken = _i32(1)
+      count = jnp.minimum(units - unit, sequence[hopper_plan.PIECE])
+      items = sequence[hopper_plan.ITEMS]
+      ended = item + 1 >= items
+      partial = sequence[hopper_plan.OFFSET] + segment * items + item
+    last = ended & (segment + 1 >= c.segments)
+    next_b = jnp.where(last, sequence[hopper_plan.NEXT], b)
     # Issued now, needed after the tiles: their latency is hidden.
-    following = tuple(sequences_ref[b_next, i] for i in range(7))
-    begin = (sequence[hopper_plan.FIRST] + unit) * c.step
-    tiles = lax.div(count + (c.copies - 1), _i32(c.copies))
-    body(
-      b, segment, sequence, begin, begin + count * c.step, tiles, done, n
+    following = tuple(sequences_ref[next_b, i] for i in range(len(sequence)))
+    next_segment = jnp.where(last, 0, segment + 1)
+    next_item = jnp.zeros_like(item)
+    if not equal:
+      next_segment = jnp.where(ended, next_segment, segment)
+      next_item = jnp.where(ended, 0, item + 1)
+    carry = body(
+      Stretch(
+        b=b,
+        segment=segment,
+        sequence=sequence,
+        begin=position(sequence, unit),
+        end=position(sequence, unit + count),
+        tiles=lax.div(count + (c.copies - 1), _i32(c.copies)),
+        done=done,
+        n=n,
+        partial=partial,
+        next_b=next_b,
+        next_begin=position(following, first_unit(following, next_item)),
+      ),
+      carry,
     )
-    segment = jnp.where(last, 0, segment + 1)
-    unit = jnp.zeros_like(unit)
-    return left - count, b_next, segment, unit, done + tiles, n + 1, following
+    done += lax.div(count + (c.copies - 1), _i32(c.copies))
+    left -= taken
+    return left, next_b, next_segment, next_item, done, n + 1, following, carry
 
+  left, b, segment, item, *sequence = start
+  carry = begin(b, position(sequence, first_unit(sequence, item)))
   zero = _i32(0)
-  carry = (units, b, segment, unit, zero, zero, tuple(sequence))
-  *_, done, n, _ = lax.while_loop(lambda carry: carry[0] > 0, one, carry)
+  carry = (left, b, segment, item, zero, zero, tuple(sequence), carry)
+  *_, done, n, _, _ = lax.while_loop(lambda carry: carry[0] > 0, one, carry)
   return done, n
 
 

@@ -2,8 +2,9 @@
 
 It runs ahead of the computing ones by `stages` tiles: waits until a slot is
 free, then copies the live pages of a tile there, K first. Page ids are read one
-tile ahead, so that their latency hides behind the wait. Each slot has a barrier
-that counts copies (and their bytes) and one that counts readers done.
+tile ahead, so that their latency hides behind the wait; the first ones while an
+earlier kernel still runs. Each slot has a barrier that counts copies (and their
+bytes) and one that counts readers done.
 """
 
 from jax import lax
@@ -15,9 +16,9 @@ from paged_jax.ops.backend import mosaic
 from paged_jax.ops.inputs import Inputs
 
 
-def fetch(inputs, c, walk, interpret, layer, sources, buffers, barriers):
+def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
   """Copies query rows and live pages into shared memory, ahead of use."""
-  q_ref, k_ref, v_ref, k_table, *v_table = sources
+  q_ref, k_ref, v_ref, layer_ref, k_table, *v_table = sources
   q_smem, k_smem, v_smem = buffers
   q_full, q_free, k_full, v_full, k_free, v_free = barriers
   p, M = inputs.page_size, inputs.max_pages
@@ -31,11 +32,20 @@ def fetch(inputs, c, walk, interpret, layer, sources, buffers, barriers):
     k = tuple(k_table[b, i] for i in at)
     return k + tuple(table[b, i] for table in v_table for i in at)
 
-  def segment(b, s, sequence, begin, end, tiles, done, n):
+  def begin(b, position):
+    pages = pages_at(b, position)
+    wait()
+    return pages, layer_ref[0]
+
+  def stretch(at, carry):
+    pages, layer = carry
+    b, s, sequence, begin, tiles, done, n = (
+      at.b, at.segment, at.sequence, at.begin, at.tiles, at.done, at.n
+    )
     bundle = lax.div(s, _i32(c.row_blocks))
     block = lax.rem(s, _i32(c.row_blocks))
     low = sequence[hopper_plan.LOW]
-    high = jnp.minimum(sequence[hopper_plan.HIGH], end)
+    high = jnp.minimum(sequence[hopper_plan.HIGH], at.end)
     slot = lax.rem(n, _i32(c.query_slots))
 
     _wait_if(n >= c.query_slots, q_free.at[slot])
@@ -51,7 +61,11 @@ def fetch(inputs, c, walk, interpret, layer, sources, buffers, barriers):
     def one_tile(i, pages):
       position = begin + i * c.tokens
       slot = lax.rem(done + i, _i32(c.stages))
-      following = pages_at(b, position + c.tokens)
+      last = i + 1 == tiles
+      following = pages_at(
+        jnp.where(last, at.next_b, b),
+        jnp.where(last, at.next_begin, position + c.tokens),
+      )
       for pool, smem, full, free, ids in (
         (k_ref, k_smem, k_full, k_free, pages[: c.copies]),
         (v_ref, v_smem, v_full, v_free, pages[-c.copies :]),
@@ -59,19 +73,26 @@ def fetch(inputs, c, walk, interpret, layer, sources, buffers, barriers):
 
         _wait_if(done + i >= c.stages, free.at[slot])
         for j, page in enumerate(ids):
-          at = position + j * step
-          live = (at + step > low) & (at < high)
+          first = position + j * step
+          live = (first + step > low) & (first < high)
+          # An int32 is enough: 2**31 tiles of 1 KiB or more fit no GPU.
           index = (layer * inputs.num_pages + page) * c.bundles + bundle
           source = pool.at[index]
           if step < p:  # a tile is part of a page (kb is 1)
-            source = pool.at[index, pl.ds(lax.rem(at, _i32(p)), step)]
+            source = pool.at[index, pl.ds(lax.rem(first, _i32(p)), step)]
           target = smem.at[slot, pl.ds(j * step * c.kb, step * c.kb)]
           backend.copy_if(live, source, target, full.at[slot], interpret)
       return following
 
-    lax.fori_loop(0, tiles, one_tile, pages_at(b, begin))
+    pages = lax.fori_loop(0, tiles, one_tile, pages)
+    if c.cut == hopper_tuning.WHOLE:  # which may have no tiles
+      ahead = pages_at(at.next_b, at.next_begin)
+      pages = tuple(
+        jnp.where(tiles > 0, x, y) for x, y in zip(pages, ahead, strict=True)
+      )
+    return pages, layer
 
-  tiles, segments = walk(segment)
+  tiles, segments = walk(begin, stretch)
   # Every phase of a barrier is seen by its waiter, the last ones too.
   for free, uses in ((q_free, segments), (k_free, tiles), (v_free, tiles)):
     for i in range(c.query_slots if free is q_free else c.stages):

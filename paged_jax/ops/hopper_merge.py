@@ -3,9 +3,12 @@
     w_i = 2^(lse_i - max)      out = sum w_i o_i / (sum w_i + 2^(sink - max))
 
 One small CTA for a few neighbouring heads of one query token (as many as fill
-128 lanes). It finds the CTAs that split the token's segment from the plan by
+128 lanes). It finds the partials of the token's segment from the plan by
 arithmetic, reads their rows and writes the output row; a segment that one CTA
 computed is a copy. Tokens that no sequence owns get 0 and -inf here.
+
+Where so few heads make no 128 lanes a row is widened to 128 columns, and what
+is in the columns from H on is cut off.
 """
 
 import functools
@@ -17,7 +20,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from paged_jax.ops import backend, hopper_fetch, hopper_plan
+from paged_jax.ops import backend, hopper_fetch, hopper_plan, hopper_tuning
 from paged_jax.ops.backend import mosaic
 from paged_jax.ops.inputs import Inputs
 
@@ -28,7 +31,7 @@ _UNROLL = (16, 4)  # partials in flight, while that many are left and then
 def merge(
   inputs: Inputs,
   work: hopper_plan.Work,
-  partial: Float[Array, "partials rows H"],
+  partial: Float[Array, "partials rows width"],
   partial_lse: Float[Array, "partials rows"],
   *,
   interpret: bool,
@@ -36,7 +39,7 @@ def merge(
   """Returns the output and the natural-log LSE, sinks included."""
   T, N, H = inputs.query.shape
   c = work.config
-  heads = c.merged
+  heads = hopper_tuning.merged_heads(c.width)
   chunks = c.heads // heads
   Q = inputs.max_query_length
   blocks = inputs.num_sequences * Q
@@ -49,7 +52,7 @@ def merge(
     grid=(c.bundles * chunks, blocks),
     grid_names=("chunk", "token"),
     out_shape=(
-      jax.ShapeDtypeStruct((T, N * H), inputs.query.dtype),
+      jax.ShapeDtypeStruct((T, N * c.width), inputs.query.dtype),
       jax.ShapeDtypeStruct((T, N), jnp.float32),
     ),
     scratch=(),
@@ -57,19 +60,19 @@ def merge(
     interpret=interpret,
   )
   out, lse = kernel(
-    partial.reshape(-1, c.rows * H),
+    partial.reshape(-1, c.rows * c.width),
     partial_lse,
     work.ctas,
     work.sequences,
     *sinks,
   )
-  return out.reshape(T, N, H), lse
+  return out.reshape(T, N, c.width)[..., :H], lse
 
 
 def _kernel(inputs, c, heads, interpret, *refs):
   o_ref, lse_ref, ctas_ref, sequences_ref, *sinks_ref = refs[:-2]
   out_ref, out_lse_ref = refs[-2:]
-  H, Q = inputs.head_dim, inputs.max_query_length
+  H, Q = c.width, inputs.max_query_length
   i32 = functools.partial(jnp.array, dtype=jnp.int32)
   chunks = c.heads // heads
   bundle = lax.div(lax.axis_index("chunk"), i32(chunks))
@@ -103,13 +106,13 @@ def _kernel(inputs, c, heads, interpret, *refs):
   B = inputs.num_sequences
   row = jnp.minimum(b, B - 1)
   # The plan is older than any kernel that may still run: read it ahead.
-  sequence = [sequences_ref[row, i] for i in range(8)]
+  sequence = [sequences_ref[row, i] for i in range(hopper_plan.ITEMS + 1)]
   each = jnp.maximum(ctas_ref[0, 0], 1)
   backend.wait_for_previous_kernel(interpret)
   backend.start_next_kernel(interpret)
 
   def merge_heads(head):
-    units = sequence[hopper_plan.UNITS]
+    items = sequence[hopper_plan.ITEMS]
     block = lax.div(j, i32(c.block_tokens))
     segment = bundle * c.row_blocks + block
     at = lax.rem(j, i32(c.block_tokens)) * c.token_rows
@@ -117,11 +120,14 @@ def _kernel(inputs, c, heads, interpret, *refs):
     row = hopper_fetch.query_row(inputs, c, token, bundle)
     at += hopper_fetch.row_shift(c, row) + head
     first = bundle * c.heads + head
-    begin = sequence[hopper_plan.OFFSET] + segment * units
-    first_cta = lax.div(begin, each)
-    last_cta = lax.div(begin + units - 1, each)
-    count = jnp.where(units > 0, last_cta - first_cta + 1, 0) * c.splits
-    base = (first_cta + b * c.segments + segment) * c.splits
+    begin = sequence[hopper_plan.OFFSET] + segment * items
+    if c.cut == hopper_tuning.EQUAL:
+      first_cta = lax.div(begin, each)
+      last_cta = lax.div(begin + items - 1, each)
+      count = jnp.where(items > 0, last_cta - first_cta + 1, 0)
+      base = first_cta + b * c.segments + segment
+    else:
+      count, base = items, begin
 
     def some(start, unroll, i, carry):
       """Adds partials start + i * unroll and the next ones."""

@@ -7,8 +7,8 @@ For each tile of a segment, in units of log2:
     l' = a l + sum p          acc' = a acc + p v
 
 s and acc live in registers in the layout of WGMMA's results: 64 rows, 16 a
-warp. The partial result is acc / l and m + log2 l, written through shared
-memory.
+warp. The result is acc / l and m + log2 l, written through shared memory; a
+sink joins l where this is the output.
 """
 
 import functools
@@ -18,19 +18,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from paged_jax.ops import backend, hopper_fetch, hopper_plan
+from paged_jax.ops import backend, hopper_fetch, hopper_plan, hopper_tuning
 from paged_jax.ops.backend import mosaic
 
 _LOG2E = math.log2(math.e)
 
 
 def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
-  """Online softmax over the tiles of each segment."""
-  o_ref, lse_ref, cta = outputs
+  """Online softmax over the tiles of each stretch."""
+  o_ref, lse_ref, sinks_ref = outputs
   q_smem, k_smem, v_smem, o_smem, lse_smem = buffers
   q_full, q_free, k_full, v_full, k_free, v_free, v_clean = barriers
   H = inputs.head_dim
-  offset = wg * (c.part // c.kb) if c.splits > 1 else 0  # of our positions
   dtype = inputs.query.dtype
   scale = inputs.scale * _LOG2E
   by_row = mosaic.Layout.WGMMA.reduce(1)
@@ -38,19 +37,23 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
   def full(shape, value, layout):
     return mosaic.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
-  def segment(b, s, sequence, begin, end, tiles, done, n):
+  def stretch(at, _):
+    s, sequence = at.segment, at.sequence
     low = sequence[hopper_plan.LOW]
-    high = jnp.minimum(sequence[hopper_plan.HIGH], end)
-    q_slot = lax.rem(n, _i32(c.query_slots))
+    high = jnp.minimum(sequence[hopper_plan.HIGH], at.end)
+    sink = None
+    if sinks_ref is not None:
+      sink = _sinks(c, wg, sinks_ref, s * c.heads, full((64,), 0.0, by_row))
+    q_slot = lax.rem(at.n, _i32(c.query_slots))
     mosaic.barrier_wait(q_full.at[q_slot])
 
     def one_tile(i, carry):
       acc, m, l = carry
-      position = begin + i * c.tokens + offset
-      slot = lax.rem(done + i, _i32(c.stages))
+      position = at.begin + i * c.tokens
+      slot = lax.rem(at.done + i, _i32(c.stages))
       mosaic.barrier_wait(k_full.at[slot])
       logits = backend.matmul(
-        q_smem.at[q_slot], k_smem.at[slot], (64, c.part), interpret
+        q_smem.at[q_slot], k_smem.at[slot], (64, c.tile), interpret
       )
       mosaic.barrier_arrive(k_free.at[slot])
       unit = scale  # logits times this are in units of log2
@@ -64,17 +67,16 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
       m_new = jnp.maximum(m, logits.max(axis=1) * unit)
       m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
       alpha = jnp.exp2(m - m_safe)
-      p = jnp.exp2(logits * unit - _across(m_safe, c.part))
+      p = jnp.exp2(logits * unit - _across(m_safe, c.tile))
       l = l * alpha + p.sum(axis=1)
       acc = acc * _across(alpha, H)
       p = p.astype(dtype)
       mosaic.barrier_wait(v_full.at[slot])
-      dead = (position < low) | (position + c.part // c.kb > high)
+      dead = (position < low) | (position + c.tokens > high)
 
       @pl.when(dead)
       def _():
-        # Warpgroups that share the query rows share the tile as well.
-        @pl.when(jnp.logical_or(wg == 0, c.splits > 1))
+        @pl.when(wg == 0)  # the tile is shared
         def _():
           _zero_dead_rows(
             inputs, c, v_smem.at[slot], low - position, high - position
@@ -90,7 +92,7 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
 
     acc, m, l = lax.fori_loop(
       0,
-      tiles,
+      at.tiles,
       one_tile,
       (
         full((64, H), 0.0, mosaic.Layout.WGMMA),
@@ -99,15 +101,33 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
       ),
     )
     mosaic.barrier_arrive(q_free.at[q_slot])
+    if sink is not None:
+      top = jnp.maximum(m, sink)
+      safe = jnp.where(top == -jnp.inf, 0.0, top)
+      alpha = jnp.exp2(m - safe)
+      l = l * alpha + jnp.exp2(sink - safe)
+      acc = acc * _across(alpha, H)
+      m = top
     acc = acc * _across(1.0 / jnp.where(l == 0.0, 1.0, l), H)
     lse = jnp.where(l == 0.0, -jnp.inf, m + jnp.log2(l))
-    partial = cta + b * c.segments + s
-    if c.splits > 1:
-      partial = partial * c.splits + wg
-    _write(c, partial, wg, acc, lse, o_ref, lse_ref, o_smem, lse_smem)
+    place = at.partial
+    if c.cut == hopper_tuning.WHOLE:
+      acc, lse = acc.astype(dtype), lse * (1 / _LOG2E)
+      place = sequence[hopper_plan.QUERY_START], s * c.heads
+    _write(inputs, c, place, wg, acc, lse, o_ref, lse_ref, o_smem, lse_smem)
+    return ()
 
-  walk(segment)
+  walk(lambda b, position: (), stretch)
   mosaic.wait_smem_to_gmem(0)
+
+
+def _sinks(c, wg, sinks_ref, first, zeros):
+  """The sink of each row's head, times log2 e; any value past the heads."""
+  row = _iota((64,), 0, mosaic.Layout.WGMMA.reduce(1)) + wg * 64
+  sink = zeros
+  for h in range(c.heads):
+    sink = jnp.where(row == h, sinks_ref[first + h], sink)
+  return sink * _LOG2E
 
 
 def _seen(inputs, c, wg, s, sequence, position, low, high):
@@ -116,7 +136,7 @@ def _seen(inputs, c, wg, s, sequence, position, low, high):
   low and high are limits for all rows; all positions but `position`, that of
   the first column, are relative to it.
   """
-  shape, G, step = (64, c.part), inputs.group_size, c.step
+  shape, G, step = (64, c.tile), inputs.group_size, c.step
   column = _iota(shape, 1, mosaic.Layout.WGMMA)
   at = column
   if c.kb > 1:  # columns are [page, head of the bundle, token]
@@ -137,12 +157,12 @@ def _seen(inputs, c, wg, s, sequence, position, low, high):
     own = token + (first + block - position)
     if inputs.causal:
       # Rows past the last token would see beyond the sequence.
-      seen = at < _across(jnp.minimum(own + 1, high), c.part)
+      seen = at < _across(jnp.minimum(own + 1, high), c.tile)
     else:  # tokens before the first position see nothing
-      end = jnp.where(own >= -position, c.part, 0)
-      seen &= at < _across(end, c.part)
+      end = jnp.where(own >= -position, c.tile, 0)
+      seen &= at < _across(end, c.tile)
     if inputs.window is not None:
-      seen &= at > _across(own - inputs.window, c.part)
+      seen &= at > _across(own - inputs.window, c.tile)
   if c.kb > 1:
     row -= token * c.token_rows
     if c.heads % 8:
@@ -157,14 +177,14 @@ def _seen(inputs, c, wg, s, sequence, position, low, high):
     for j in range(1, c.kb):
       head += (row >= j * G).astype(jnp.int32)
     theirs = (column >> _log2(step)) & (c.kb - 1)
-    seen &= theirs == _across(head, c.part)
+    seen &= theirs == _across(head, c.tile)
   return seen
 
 
 def _zero_dead_rows(inputs, c, v_smem, low, high):
   """Zeroes the rows of a V tile outside positions low .. high - 1."""
   step = c.step
-  for i in range(c.part // 64):
+  for i in range(c.tile // 64):
     part = v_smem.at[pl.ds(i * 64, 64)]
     at = _iota((64, inputs.head_dim), 0, mosaic.Layout.WGMMA) + i * 64
     if c.kb > 1:
@@ -174,30 +194,38 @@ def _zero_dead_rows(inputs, c, v_smem, low, high):
   mosaic.commit_smem()
 
 
-def _write(c, partial, wg, acc, lse, o_ref, lse_ref, o_smem, lse_smem):
-  """Stores a partial through shared memory, some columns at a time."""
-  columns = o_smem.shape[2]
+def _write(
+  inputs, c, place, wg, out, lse, o_ref, lse_ref, o_smem, lse_smem
+):
+  """Stores a result through shared memory, some columns at a time.
+
+  place: the partial's name or, where this is the output, (token, first head).
+  """
+  whole = c.cut == hopper_tuning.WHOLE
+  most = c.heads if whole else c.rows
 
   def copy(w, i):  # the rows of consumer w
-    rows = min(c.rows - 64 * w, 64)
-    target = pl.ds(64 * w, rows)
+    source = pl.ds(0, min(most - 64 * w, 64))
+    column = pl.ds(i * c.columns, c.columns)
+    if whole:
+      token, head = place[0], place[1] + 64 * w
+      target = o_ref.at[
+        pl.ds(token * inputs.num_heads + head, source.size), column
+      ]
+      target_lse = lse_ref.at[token, pl.ds(head, source.size)]
+    else:
+      target = o_ref.at[place, pl.ds(64 * w, source.size), column]
+      target_lse = lse_ref.at[place, pl.ds(64 * w, source.size)]
     if i == 0:
-      mosaic.copy_smem_to_gmem(
-        lse_smem.at[pl.ds(0, rows)], lse_ref.at[partial, target]
-      )
-    mosaic.copy_smem_to_gmem(
-      o_smem.at[i % c.staging, pl.ds(0, rows)],
-      o_ref.at[partial, target, pl.ds(i * columns, columns)],
-    )
+      mosaic.copy_smem_to_gmem(lse_smem.at[source], target_lse)
+    mosaic.copy_smem_to_gmem(o_smem.at[source], target)
 
-  # A staging buffer must have been read before it is overwritten: the copies
-  # of the last segment at first, then all but the staging - 1 latest ones.
-  mosaic.wait_smem_to_gmem(0, wait_read_only=True)
-  lse_smem[...] = lse
-  for i in range(acc.shape[1] // columns):
-    if i >= c.staging:
-      mosaic.wait_smem_to_gmem(c.staging - 1, wait_read_only=True)
-    o_smem[i % c.staging] = acc[:, i * columns : (i + 1) * columns]
+  for i in range(out.shape[1] // c.columns):
+    # What was copied from there before must have been read.
+    mosaic.wait_smem_to_gmem(0, wait_read_only=True)
+    if i == 0:
+      lse_smem[...] = lse
+    o_smem[...] = out[:, i * c.columns : (i + 1) * c.columns]
     mosaic.commit_smem()
     if c.consumers == 1:
       copy(0, i)

@@ -2,7 +2,7 @@
 
 A CTA's tile is `tile` rows of keys: some pages of `kb` neighbouring kv heads
 each (a bundle), which one copy a page brings in, since a page's heads lie next
-to each other. A bundle's query rows share one 64-row matrix tile per consumer
+to each other. A bundle's query rows share one 64-row matrix tile per computing
 warpgroup:
 
     rows of one token   = kb * G, widened to whole groups of 8 rows of the
@@ -15,13 +15,28 @@ all its rows, so a small batch, which is split often, prefers small bundles.
 """
 
 import dataclasses
+import functools
+from importlib import resources
+import json
 import math
+from typing import Any
 
 from paged_jax.ops.plan import Geometry
 
 _SMEM_BYTES = 227 * 1024  # what a CTA may take on sm_90
 _RESERVED = 4096  # barriers, reduction scratch, what the driver takes
 _SMS = 132  # H100; a guess is enough for the rule
+_SM_BYTES = 23e3  # of K and V that an SM gets in a us when all are busy
+_MERGE_US = 4.0  # what a merging kernel costs
+_INVARIANT_B = 32  # the batch that a batch-invariant plan is made for
+_INVARIANT_TOKENS = 256  # shortest piece of it
+
+# Ways to cut the line of work, see hopper_plan.py.
+EQUAL, FIXED, WHOLE = "equal", "fixed", "whole"
+
+
+class TooFewRows(NotImplementedError):
+  """No tile of this kernel fits the geometry; another kernel's does."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,27 +48,23 @@ class Config:
   kb: int  # kv heads a bundle
   heads: int  # query heads a bundle, kb * G
   step: int  # positions that one copy, of a bundle of a page, brings
+  page_size: int
+  cut: str  # EQUAL, FIXED or WHOLE
+  piece: int  # units of the shortest piece (FIXED)
   ctas_per_sm: int
   query_slots: int  # query tiles in flight
   consumers: int  # warpgroups that share the query rows, 64 each
-  splits: int  # warpgroups that share the rows of a tile
   token_rows: int  # query rows of one token, a multiple of 8
   block_tokens: int  # query tokens a row block
   row_blocks: int  # row blocks a bundle
   bundles: int  # K / kb
-  columns: int  # columns of a float32 partial staged in shared memory at once
-  staging: int  # buffers for that
-  merged: int  # neighbouring heads that a merging CTA does
+  columns: int  # columns of a result staged in shared memory at once
+  width: int  # columns of a partial result: H, or what merging needs
 
   @property
   def rows(self) -> int:
     """Query rows of a partial result."""
     return self.block_tokens * self.token_rows
-
-  @property
-  def warpgroups(self) -> int:
-    """Warpgroups that compute; one of the two factors is 1."""
-    return self.consumers * self.splits
 
   @property
   def tokens(self) -> int:
@@ -66,26 +77,33 @@ class Config:
     return self.tokens // self.step
 
   @property
-  def part(self) -> int:
-    """Rows of a tile that one warpgroup computes with."""
-    return self.tile // self.splits
-
-  @property
   def segments(self) -> int:
     """Independent pieces of work a sequence: bundles times row blocks."""
     return self.bundles * self.row_blocks
 
 
-# (H, G, p, itemsize) -> overrides of the rule, as measured (see BUILD.md).
-TABLE: dict[tuple[int, int, int, int], dict[str, int]] = {}
-
-
 def choose(
-  geometry: Geometry, num_sequences: int, max_pages: int, **overrides: int
+  geometry: Geometry,
+  num_sequences: int,
+  max_pages: int,
+  *,
+  decode: bool = True,
+  batch_invariant: bool = False,
+  **overrides: Any,
 ) -> Config:
   """Returns the kernel's shape for a geometry, B and M; measured or by rule.
 
+  Args:
+    geometry: static facts of the call.
+    num_sequences: B.
+    max_pages: M.
+    decode: whether every sequence has exactly one query token.
+    batch_invariant: whether a sequence's result may depend on nothing else, so
+      that B and M must not matter here.
+    **overrides: fields of Config, in place of what was measured.
+
   Raises:
+    TooFewRows: pages of so few rows, or so many query rows, that no tile fits.
     NotImplementedError: the kernel cannot do this geometry.
   """
   g = geometry
@@ -104,64 +122,107 @@ def choose(
     raise NotImplementedError(f"page size {p}: not a power of two up to 256")
   if G > 128:
     raise NotImplementedError(f"G={G} query heads a kv head: more than 128")
-  given = dict(TABLE.get((H, G, p, 2), {}), **overrides)
-  two = _token_rows(G) * Q > 64 and H <= 128
-  consumers = given.get("consumers", 2 if two else 1)
-  splits = given.get("splits", 1 if H > 128 or consumers == 2 else 2)
-  tile = given.get("tile", 64 * splits)
-  kb = given.get("kb") or _bundle(g, tile // splits, num_sequences)
-  if tile % (64 * splits) or (kb > 1 and kb * p > tile // splits) or K % kb:
+  B = _INVARIANT_B if batch_invariant else num_sequences
+  given = dict(measured(g, B), **overrides)
+  consumers = 2 if _token_rows(G) * Q > 64 and H <= 128 else 1
+  tile = given.get("tile", 64 if H > 128 or consumers == 2 else 128)
+  kb = given.get("kb") or _bundle(g, tile, B)
+  if tile % 64 or (kb > 1 and kb * p > tile) or K % kb:
     raise ValueError(
-      f"tile={tile}, splits={splits}, kb={kb}: a warpgroup takes 64 rows or a "
-      f"multiple, whole bundles of pages of p={p}, and kb divides K={K}"
+      f"tile={tile}, kb={kb}: a tile takes a multiple of 64 rows, whole "
+      f"bundles of pages of p={p}, and kb divides K={K}"
     )
   if kb * p < 8:
-    raise NotImplementedError(
+    raise TooFewRows(
       f"page size {p} with K={K} kv heads: a copy needs 8 rows, and no bundle "
       "of heads has them"
-    )
-  if kb * G < given.get("merged", merged_heads(H)):
-    raise NotImplementedError(
-      f"H={H} with {kb * G} query heads a bundle: rows are merged "
-      f"{merged_heads(H)} heads at a time"
     )
   token_rows = _token_rows(kb * G)
   block_tokens = min(Q, 64 * consumers // token_rows)
   if not block_tokens:
-    raise NotImplementedError(f"G={G} with H={H}: too many rows for a tile")
+    raise TooFewRows(f"G={G} with H={H}: too many rows for a tile")
+  width = H if kb * G >= merged_heads(H) else -(-H // 128) * 128
+  cut = FIXED
+  if not batch_invariant:
+    whole = decode and kb * G % 8 == 0 and _whole(g, B * K // kb, kb, max_pages)
+    cut = given.get("cut", WHOLE if whole else EQUAL)
+  step = min(p, tile // kb)
+  columns = H if cut == WHOLE else 32 if H % 32 == 0 else 16
   config = Config(
     tile=tile,
     stages=2,
     kb=kb,
     heads=kb * G,
-    step=min(p, tile // kb),
+    step=step,
+    page_size=p,
+    cut=cut,
+    piece=max(_INVARIANT_TOKENS // step, 1),
     ctas_per_sm=given.get("ctas_per_sm", 1),
     query_slots=given.get("query_slots", 2 if H <= 128 else 1),
     consumers=consumers,
-    splits=splits,
     token_rows=token_rows,
     block_tokens=block_tokens,
     row_blocks=-(-Q // block_tokens),
     bundles=K // kb,
-    columns=given.get("columns", 32 if H % 32 == 0 else 16),
-    staging=given.get("staging", 1),
-    merged=given.get("merged", merged_heads(H)),
+    columns=given.get("columns", columns),
+    width=width,
   )
   room = _SMEM_BYTES // config.ctas_per_sm - _RESERVED - fixed_bytes(config, H)
   stages = given.get("stages", min(8, room // (2 * tile * H * 2)))
   return dataclasses.replace(config, stages=stages)
 
 
+@functools.cache
+def _table() -> tuple[dict[str, Any], ...]:
+  path = resources.files("paged_jax") / "data" / "hopper_decode.json"
+  return tuple(json.loads(path.read_text())["rows"])
+
+
+def measured(geometry: Geometry, num_sequences: int) -> dict[str, Any]:
+  """Returns the overrides that were measured for a geometry, or none."""
+  g = geometry
+  key = dict(
+    H=g.head_dim,
+    G=g.num_heads // g.num_kv_heads,
+    page_size=g.page_size,
+    dtype=g.dtype,
+    window=g.window is not None,
+    few=few(g, num_sequences),
+  )
+  for row in _table():
+    if all(row[name] == value for name, value in key.items()):
+      return row["set"]
+  return {}
+
+
+def few(geometry: Geometry, num_sequences: int) -> bool:
+  """Whether a batch has so few rows that most are split over many CTAs."""
+  return num_sequences * geometry.num_kv_heads < _SMS // 2
+
+
 def fixed_bytes(config: Config, head_dim: int) -> int:
   """Shared memory besides the stages, bytes."""
-  query = config.query_slots * 64 * config.consumers * head_dim * 2
-  staged = config.staging * config.columns + 1  # output, log-sum-exp
-  return query + 64 * config.warpgroups * staged * 4
+  rows = 64 * config.consumers
+  output = config.columns * (2 if config.cut == WHOLE else 4)
+  return rows * (config.query_slots * head_dim * 2 + output + 4)
 
 
-def merged_heads(head_dim: int) -> int:
-  """Fewest heads a merging CTA does: their rows fill 128 lanes."""
-  return 128 // math.gcd(128, head_dim)
+def merged_heads(width: int) -> int:
+  """Heads a merging CTA does: their rows fill 128 lanes."""
+  return 128 // math.gcd(128, width)
+
+
+def _whole(g, segments, kb, max_pages):
+  """Whether CTAs take whole segments, so that nothing needs merging.
+
+  Only where the longest possible segment is short: what does not divide evenly
+  must cost less than merging.
+  """
+  bound = max_pages * g.page_size
+  if g.window is not None:
+    bound = min(bound, g.window + g.page_size)
+  us = bound * kb * g.head_dim * 4 / _SM_BYTES
+  return us <= 12 and (-(-segments // _SMS) - segments / _SMS) * us <= _MERGE_US
 
 
 def _bundle(g, rows, num_sequences):
@@ -171,11 +232,15 @@ def _bundle(g, rows, num_sequences):
   best = kb = 1
   while K % (2 * kb) == 0 and 2 * kb * p <= rows:
     kb *= 2
-    if _token_rows(kb * G) * g.max_query_length > 64:
-      break
     # A copy needs 8 rows; merging, whole groups of heads. Beyond that keep some
     # segments: one that many CTAs share writes many partials of all its rows.
-    needed = best * p < 8 or best * G % merged
+    must = best * p < 8
+    needed = must or best * G % merged
+    query_rows = _token_rows(kb * G)
+    if not must:
+      query_rows *= g.max_query_length
+    if query_rows > 64:
+      break
     if needed or num_sequences * (K // kb) >= _SMS // 2:
       best = kb
   return best

@@ -51,6 +51,10 @@ class AttentionPlan:
   implementation: str = dataclasses.field(metadata=dict(static=True))
   # None if plan_attention was not told: then `work` is None too.
   geometry: Geometry | None = dataclasses.field(metadata=dict(static=True))
+  # Whether a sequence's output must not depend on the rest of the batch.
+  batch_invariant: bool = dataclasses.field(
+    default=False, metadata=dict(static=True)
+  )
 
 
 def check_plan(

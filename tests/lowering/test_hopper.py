@@ -27,7 +27,11 @@ SHAPES = {
   "p=256 G=1": (2, None, 8, 8, 128, 256, "bfloat16", {}),
   "G=128": (1, None, 128, 1, 128, 64, "bfloat16", {}),
   "everything": (64, None, 64, 8, 64, 16, "bfloat16",
-                 dict(window=128, soft_cap=30.0, sinks=True, combined=True)),
+                 dict(window=900, soft_cap=30.0, sinks=True, combined=True)),
+  "H=64, one head": (3, None, 1, 1, 64, 16, "bfloat16", {}),
+  "H=80 G=2": (3, None, 4, 2, 80, 16, "bfloat16", {}),
+  "H=96 G=1": (3, None, 2, 2, 96, 16, "bfloat16", dict(sinks=True)),
+  "H=192 G=1": (3, None, 1, 1, 192, 16, "float16", {}),
   "few tokens": (4, 20, 32, 8, 128, 16, "bfloat16",
                  dict(max_query_length=4, window=99)),
   "few tokens, many rows": (4, 20, 64, 1, 128, 16, "bfloat16",
@@ -35,12 +39,29 @@ SHAPES = {
 }
 
 
+# Segments so short that they stay whole: nothing is merged.
+WHOLE = {
+  "window": (64, None, 64, 8, 64, 16, "bfloat16",
+             dict(window=128, soft_cap=30.0, sinks=True, combined=True)),
+  "short table": (64, None, 16, 2, 128, 16, "bfloat16", dict(M=4)),
+  "many rows": (64, None, 128, 1, 128, 16, "bfloat16", dict(M=4)),
+}
+
+
 @pytest.mark.parametrize("name", SHAPES)
-def test_kernels_lower(name):
-  text = _lower(*SHAPES[name][:7], **SHAPES[name][7])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_kernels_lower(name, batch_invariant):
+  *sizes, static = SHAPES[name]
+  text = _lower(*sizes, batch_invariant=batch_invariant, **static)
   assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
   for kernel in ("paged_decode_mosaic", "paged_decode_merge_mosaic"):
     assert kernel in text
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_kernels_of_whole_segments_lower(name):
+  text = _lower(*WHOLE[name][:7], **WHOLE[name][7])
+  assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
 
 
 def test_layers_share_one_lowering():
@@ -50,16 +71,24 @@ def test_layers_share_one_lowering():
 
 
 def _lower(B, T, N, K, H, p, dtype, *, layers=1, M=40, sinks=False,
-           combined=False, **static):
+           combined=False, batch_invariant=False, **static):
   def shape(*sizes, dtype=dtype):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
   def run(query, pool, table, lengths, starts, sinks):
+    plan = None
+    if batch_invariant:
+      plan = paged_jax.plan_attention(
+        table, lengths, starts, num_heads=N, num_kv_heads=K, head_dim=H,
+        page_size=p, dtype=dtype, window=static.get("window"),
+        causal=static.get("causal", True), batch_invariant=True,
+        max_query_length=static.get("max_query_length", 1),
+      )
     for layer in range(layers):
       query = paged_jax.paged_attention(
         query, pool, pool, table, lengths, query_starts=starts, sinks=sinks,
         layer=jnp.int32(layer), implementation="hopper", interpret=False,
-        **static
+        plan=plan, **static
       )
     return query
 

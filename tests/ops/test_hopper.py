@@ -1,6 +1,7 @@
 """Implementation `hopper`: its plan, its refusals, its interpreted kernels."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,9 @@ GEOMETRY = Geometry(
 
 @pytest.mark.parametrize("num_ctas", [1, 3, 7, 200])
 @pytest.mark.parametrize(
+  "cut", [hopper_tuning.EQUAL, hopper_tuning.FIXED, hopper_tuning.WHOLE]
+)
+@pytest.mark.parametrize(
   "lengths, queries, window",
   [
     ((40, 0, 129, 16, 2000), None, None),
@@ -36,14 +40,15 @@ GEOMETRY = Geometry(
     ((90, 33), (4, 1), 16),
   ],
 )
-def test_pieces_cover_every_page_once(num_ctas, lengths, queries, window):
+def test_shares_cover_every_page_once(cut, num_ctas, lengths, queries, window):
   queries = queries or (1,) * len(lengths)
   geometry = dataclasses.replace(GEOMETRY, window=window)
-  config = hopper_tuning.choose(geometry, len(lengths), 200)
+  config = hopper_tuning.choose(geometry, len(lengths), 200, cut=cut)
+  config = dataclasses.replace(config, cut=cut, piece=3)
   starts = np.cumsum((0, *queries)).astype(np.int32)
   work = hopper_plan.make_work(
     jnp.array(lengths, jnp.int32), jnp.asarray(starts), geometry, config,
-    num_ctas,
+    num_ctas, 200,
   )
   want = []
   for b, (length, query) in enumerate(zip(lengths, queries, strict=True)):
@@ -52,24 +57,64 @@ def test_pieces_cover_every_page_once(num_ctas, lengths, queries, window):
     want += [
       (b, s, page) for s in range(config.segments) for page in pages
     ]
-  got, partials = [], []
   sequences = np.asarray(work.sequences)
-  for cta, (left, b, s, unit, *row) in enumerate(np.asarray(work.ctas)):
-    if left:
-      np.testing.assert_array_equal(row, sequences[b])
-    while left:
-      count = min(sequences[b, hopper_plan.UNITS] - unit, left)
-      first = sequences[b, hopper_plan.FIRST] + unit
-      got += [(b, s, page) for page in range(first, first + count)]
-      partials.append(cta + b * config.segments + s)
-      left, unit, s = left - count, 0, s + 1
-      if s == config.segments:
-        b, s = sequences[b, hopper_plan.NEXT], 0
+  got, partials, sizes = [], [], []
+  for cta, share in enumerate(np.asarray(work.ctas)):
+    stretches = _stretches(config, cta, share, sequences)
+    got += [(b, s, page) for b, s, pages, _ in stretches for page in pages]
+    partials += [partial for *_, partial in stretches]
+    sizes.append(share[0])
   assert got == want
-  assert len(set(partials)) == len(partials)
-  assert all(x < work.num_partials for x in partials)
-  sizes = np.asarray(work.ctas)[:, 0]
-  assert sizes.max() <= -(-len(want) // num_ctas)
+  assert sum(sizes) == (sequences[:, hopper_plan.ITEMS] * config.segments).sum()
+  assert max(sizes) <= -(-sum(sizes) // num_ctas)
+  if cut == hopper_tuning.WHOLE:  # empty rows too: their zeros are written
+    assert len(partials) == len(lengths) * config.segments
+  else:
+    assert len(set(partials)) == len(partials)
+    assert all(x < work.num_partials for x in partials)
+
+
+def _stretches(config, cta, share, sequences):
+  """What a CTA does: (sequence, segment, pages, partial), in plain Python."""
+  left, b, s, item, *row = share
+  stretches = []
+  if left:
+    np.testing.assert_array_equal(row, sequences[b])
+  while left:
+    plan = sequences[b]
+    items, units = plan[hopper_plan.ITEMS], plan[hopper_plan.UNITS]
+    if config.cut == hopper_tuning.EQUAL:
+      unit, partial = item, cta + b * config.segments + s
+      taken = count = min(units - unit, left)
+    else:
+      unit, taken = item * plan[hopper_plan.PIECE], 1
+      count = min(units - unit, plan[hopper_plan.PIECE])
+      partial = plan[hopper_plan.OFFSET] + s * items + item
+    first = plan[hopper_plan.FIRST] + unit
+    stretches.append((b, s, range(first, first + count), partial))
+    left, item = left - taken, item + taken
+    if item == items:
+      item, s = 0, s + 1
+    if s == config.segments:
+      b, s = plan[hopper_plan.NEXT], 0
+  return stretches
+
+
+@pytest.mark.parametrize(
+  "B, changes, cut",
+  [
+    (64, dict(num_heads=64, num_kv_heads=8, window=128), hopper_tuning.WHOLE),
+    (64, dict(num_heads=64, num_kv_heads=8), hopper_tuning.EQUAL),
+    (64, dict(num_heads=56, num_kv_heads=8, window=128), hopper_tuning.EQUAL),
+    (1, dict(num_heads=64, num_kv_heads=8, window=999), hopper_tuning.EQUAL),
+  ],
+)
+def test_short_segments_stay_whole(B, changes, cut):
+  geometry = dataclasses.replace(GEOMETRY, **changes)
+  assert hopper_tuning.choose(geometry, B, 512).cut == cut
+  assert hopper_tuning.choose(geometry, B, 512, decode=False).cut == (
+    hopper_tuning.EQUAL
+  )
 
 
 # --- what it takes on -------------------------------------------------------
@@ -77,7 +122,7 @@ def test_pieces_cover_every_page_once(num_ctas, lengths, queries, window):
 
 @pytest.mark.parametrize("H", [64, 80, 96, 128, 192, 256])
 def test_every_config_fits_an_sm(H):
-  taken = 0
+  taken = refused = 0
   for K in (1, 2, 4, 8):
     for G in (1, 2, 3, 4, 5, 7, 8, 16, 64, 128):
       for p in (1, 2, 4, 8, 16, 32, 64, 128, 256):
@@ -88,16 +133,20 @@ def test_every_config_fits_an_sm(H):
           )
           try:
             c = hopper_tuning.choose(geometry, 64, 100)
-          except NotImplementedError:
+          except hopper_tuning.TooFewRows:
+            assert K * p < 8 or G * 8 // p > 64 or (H > 128 and G > 48)
+            refused += 1
             continue
           taken += 1
           assert c.stages >= 2
           assert c.tile == c.copies * c.step * c.kb
+          assert c.width % H == 0 or c.width % 128 == 0
+          assert c.heads >= hopper_tuning.merged_heads(c.width)
           assert c.token_rows * c.block_tokens <= 64 * c.consumers
           assert c.row_blocks * c.block_tokens >= Q
           bytes_ = hopper_tuning.fixed_bytes(c, H) + c.stages * c.tile * H * 4
           assert bytes_ <= 227 * 1024
-  assert taken > 400
+  assert taken > 2 * refused
 
 
 @pytest.mark.parametrize(
@@ -109,7 +158,6 @@ def test_every_config_fits_an_sm(H):
     dict(page_size=512),
     dict(max_query_length=9),
     dict(num_heads=516),
-    dict(num_kv_heads=1, page_size=4),
   ],
 )
 def test_refuses(changes):
@@ -153,7 +201,12 @@ CASES = {
                                  max_query_length=4, N=4, K=2, causal=False),
   "an odd group": dict(lengths=(40, 21), query_lengths=(4, 2),
                        max_query_length=4, N=14, K=2),
-  "many rows": dict(lengths=(40, 129), N=128, K=1),
+  "many rows": dict(lengths=(40, 1029), N=128, K=1),
+  "whole segments": dict(lengths=(40, 0, 229, 300), N=16, K=2, window=40,
+                         sinks=True),
+  "whole segments, many rows": dict(lengths=(40, 0, 129), N=128, K=1),
+  "few heads of 80": dict(lengths=(40, 0, 129), N=2, K=2, H=80, sinks=True),
+  "pages too small for a copy": dict(lengths=(40, 0, 29), N=4, K=1, p=2),
   "one pool, f16": dict(lengths=(40, 129), N=4, K=2, combined=True,
                         one_pool=True, dtype=jnp.float16),
 }
@@ -194,3 +247,63 @@ def test_a_plan_and_a_layer_in_a_scan():
       k_pages=made.k_pages[index], v_pages=made.v_pages[index]
     )
     data.assert_right(one, out[index], lse[index])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("query_lengths", [None, (2, 1, 3, 0, 2)])
+def test_batch_invariance(monkeypatch, query_lengths):
+  """A sequence's bits are the same alone, in company and in another place."""
+  monkeypatch.setattr(hopper_tuning, "_INVARIANT_TOKENS", 48)
+  made = data.problem(
+    52, lengths=(40, 129, 0, 16, 200), query_lengths=query_lengths, N=8, K=4,
+    H=64, p=16, dtype=jnp.bfloat16, sinks=True,
+    **({} if query_lengths is None else dict(max_query_length=3)),
+  )
+  out, lse = _invariant(made)
+  data.assert_right(made, out, lse)
+  starts = np.arange(6) if query_lengths is None else np.asarray(
+    made.query_starts
+  )
+  for rows in ((1,), (4, 1), (3, 0, 2, 4, 1)):
+    tokens = np.concatenate([
+      np.arange(starts[b], starts[b + 1]) for b in rows
+    ])
+    counts = [starts[b + 1] - starts[b] for b in rows]
+    part = made.replace(
+      query=made.query[tokens],
+      page_table=made.page_table[np.array(rows)],
+      lengths=made.lengths[np.array(rows)],
+      query_starts=None if query_lengths is None else jnp.asarray(
+        np.cumsum([0, *counts]), jnp.int32
+      ),
+    )
+    data.assert_same_bits(_invariant(part), (out[tokens], lse[tokens]))
+
+
+def _invariant(made):
+  plan = paged_jax.plan_attention(
+    made.page_table, made.lengths, made.query_starts, num_heads=8,
+    num_kv_heads=4, head_dim=64, page_size=16, dtype=jnp.bfloat16,
+    max_query_length=made.static.get("max_query_length", 1),
+    batch_invariant=True,
+  )
+  assert plan.work.config.cut == hopper_tuning.FIXED
+  return data.call(made, None, interpret=True, plan=plan)
+
+
+def test_batch_invariance_is_for_hopper_only():
+  made = data.problem(53, lengths=(3,), H=64, dtype=jnp.bfloat16)
+  call = functools.partial(
+    paged_jax.plan_attention, made.page_table, made.lengths,
+    batch_invariant=True,
+  )
+  known = dict(num_heads=4, num_kv_heads=2, head_dim=64, page_size=8,
+               dtype=jnp.bfloat16)
+  with pytest.raises(ValueError, match="num_heads"):
+    call()
+  with pytest.raises(NotImplementedError, match="xla"):
+    call(**known, implementation="xla")
+  with pytest.raises(NotImplementedError, match="8 rows"):
+    if jax.__version_info__ < (0, 11):
+      raise NotImplementedError("8 rows")
+    call(**known | dict(num_kv_heads=1, page_size=4))
