@@ -1,19 +1,25 @@
-"""Time one attention shape: ours and others, side by side, in one run.
+"""Time attention shapes: ours and others, side by side, in one run.
 
     python -m experiments.bench --list
     python -m experiments.bench --shape=llama3-8b_dec_b64_c8192_p16_const
+    python -m experiments.bench --shape=decode      (or prefill, mixed, shared,
+                                                     write, cpu, all)
     python -m experiments.bench --shape=cpu_qwen2.5-0.5b_dec_b8_c2048_p16 \
         --implementations=xla,dense
 
 Every implementation is held against the reference first. Then all of them are
 timed in turn, so that a busy moment hits all alike:
 
-    model us    per layer, of --steps chained layers over one pool, launch gaps
-                included: what a model feels
+    model us    per layer, of --steps layers that share a plan, each on the
+                output of the one before, over the layers of one pool; launch
+                gaps and the plan included: what a model feels
     kernel us   sum of CUPTI kernel times per layer (GPU only)
 
-Others: dense and cudnn (jax.nn.dot_product_attention on a contiguous cache),
-jax_pallas (JAX's deprecated paged kernel). Exit code 1 if one is wrong.
+"hopper+batch_invariant" is hopper with a plan made with batch_invariant=True;
+any option of plan_attention goes. Others: dense and cudnn
+(jax.nn.dot_product_attention on a contiguous cache), jax_pallas (JAX's
+deprecated paged kernel). Write shapes time `write_kv`. Exit code 1 if one is
+wrong.
 """
 
 import pathlib
@@ -22,24 +28,27 @@ from absl import flags
 import jax
 
 from experiments import cli
-from experiments.common import bench
+from experiments.common import bench, bench_plot, cells
 from experiments.common import ceilings as ceilings_lib
 from experiments.common import records as records_lib
 from experiments.common import shapes as shapes_lib
 
 _SHAPE = flags.DEFINE_list(
-  "shape", ["cpu_tiny"], "Names from --list, or all, decode, prefill, cpu."
+  "shape", ["cpu_tiny"],
+  "Names from --list, or all, cpu, decode, prefill, mixed (with its parts), "
+  "shared, write."
 )
 _IMPLEMENTATIONS = flags.DEFINE_list(
   "implementations", None,
   "Of ours (reference, xla, triton, hopper) and others (dense, cudnn, "
-  "jax_pallas). Default: on a GPU hopper, triton, jax_pallas and cudnn; else "
-  "xla, dense.",
+  "jax_pallas). Default: on a GPU hopper, triton, jax_pallas and cudnn (write: "
+  "triton, xla); else xla, dense.",
 )
-_REPEATS = flags.DEFINE_integer("repeats", 20, "Samples, at least.", 2)
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Samples, at least.", 2)
 _SECONDS = flags.DEFINE_float("seconds", 0.5, "Sampling time of each.", 0.0)
 _STEPS = flags.DEFINE_integer(
-  "steps", None, "Layers in the timed program. Default: 32, on a CPU 4.", 1
+  "steps", None, "Layers in the timed program. Default: 32, of prompts 8; on a "
+  "CPU 4.", 1
 )
 _COLD_MB = flags.DEFINE_integer(
   "cold_mb", None,
@@ -48,7 +57,7 @@ _COLD_MB = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of data and page order.", 0)
 _WORKDIR = flags.DEFINE_string(
-  "workdir", "out/bench", "Where bench.jsonl and the plot go."
+  "workdir", "out/bench", "Where bench.jsonl and the plots go."
 )
 _LIST = flags.DEFINE_bool("list", False, "List the shapes and stop.")
 
@@ -61,9 +70,9 @@ def main(argv) -> int:
     return 0
   gpu = jax.default_backend() in ("gpu", "cuda")
   names = bench.select(_SHAPE.value)
-  chosen = bench.check_names(_IMPLEMENTATIONS.value or (
-    ["hopper", "triton", "jax_pallas", "cudnn"] if gpu else ["xla", "dense"]
-  ))
+  chosen = None
+  if _IMPLEMENTATIONS.value is not None:
+    chosen = bench.check_names(_IMPLEMENTATIONS.value)
   workdir = pathlib.Path(_WORKDIR.value)
   records = records_lib.Records(workdir / "bench.jsonl")
   shapes = [shapes_lib.named()[name] for name in names]
@@ -76,27 +85,36 @@ def main(argv) -> int:
       f"{c.read_gbps:.1f} GB/s, copy {c.copy_gbps:.1f} GB/s, {dtype} matmul "
       f"{c.matmul_tflops:.3g} TFLOP/s"
     )
+  efforts = {phase: _effort(phase, gpu) for phase in shapes_lib.PHASES}
   rows = []
-  for shape in shapes:
-    mine = bench.run(
-      shape,
-      chosen,
-      ceilings=ceilings[shape.dtype],
-      steps=_STEPS.value or (32 if gpu else 4),
-      cold_bytes=10**6 * (
-        (512 if gpu else 64) if _COLD_MB.value is None else _COLD_MB.value
-      ),
-      repeats=_REPEATS.value,
-      seconds=_SECONDS.value,
-      seed=_SEED.value,
-    )
+  for shape, mine in bench.run(
+    shapes, chosen, ceilings=ceilings, efforts=efforts, seed=_SEED.value
+  ):
     for row in mine:
       records.append(row)
     rows += mine
     print(bench.table(shape, mine), flush=True)
-  if (path := bench.plot(rows, workdir)) is not None:
-    print(f"rows: {records.path}, plot: {path}")
+  print(bench.sums_of_parts(rows), end="")
+  for path in (records.path, *bench_plot.plot(rows, workdir)):
+    print(f"wrote {path}")
   return int(any(row["status"] in ("wrong", "failed") for row in rows))
+
+
+def _effort(phase: str, gpu: bool) -> cells.Effort:
+  # A layer of a long prompt takes a millisecond: eight tell launch gaps.
+  steps = 8 if phase in ("prefill", "mixed") else 32
+  steps = _STEPS.value or (steps if gpu else 4)
+  cold_mb = _COLD_MB.value
+  if cold_mb is None:
+    cold_mb = 512 if gpu else 64
+  return cells.Effort(
+    steps=steps,
+    cold_bytes=cold_mb * 10**6,
+    seconds=_SECONDS.value,
+    repeats=_REPEATS.value,
+    ahead=6 if gpu else 1,
+    most_layers=steps,
+  )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""One shape, several implementations: verified, timed in turn, compared."""
+"""Shapes by name, several implementations: verified, timed in turn, compared.
 
-from collections.abc import Sequence
+Programs of the next shapes are compiled in threads; nothing is timed meanwhile.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
 import dataclasses
 import functools
-import pathlib
+import os
 from typing import Any
 
 import jax
-from matplotlib import figure
 
 from experiments.common import ceilings as ceilings_lib
 from experiments.common import (
@@ -17,10 +20,9 @@ from experiments.common import (
   shapes,
   timing,
   verify,
+  writing,
 )
-from experiments.common import (
-  problem as problem_lib,
-)
+from experiments.common import problem as problem_lib
 from paged_jax.ops import implementations
 from paged_jax.simulate import cases as words
 
@@ -28,7 +30,9 @@ Row = dict[str, Any]
 
 
 def select(names: Sequence[str]) -> list[str]:
-  """Returns shape names for names and the words all, decode, prefill, cpu.
+  """Returns shape names for names and the words all, cpu and the phases.
+
+  "mixed" stands for the mixed shapes and their parts.
 
   Raises:
     ValueError: a name is unknown; says the nearest one.
@@ -43,6 +47,9 @@ def select(names: Sequence[str]) -> list[str]:
   }
   for phase in shapes.PHASES:
     groups[phase] = [n for n, shape in stored.items() if shape.phase == phase]
+  groups["mixed"] = [
+    name for whole in groups["mixed"] for name in (whole, *_parts(whole))
+  ]
   chosen: list[str] = []
   for word in names:
     if word not in groups and word not in known:
@@ -62,7 +69,7 @@ def check_names(names: Sequence[str]) -> list[str]:
   """
   known = (*implementations.NAMES, *peers.NAMES)
   for name in names:
-    if name not in known:
+    if name.split("+")[0] not in known:
       raise ValueError(
         f"--implementations has {name!r}: pass {', '.join(known)}"
         + words.did_you_mean(name, known)
@@ -74,7 +81,7 @@ def listing() -> str:
   """Returns the stored shapes as a table."""
   lines = [f"{'shape':48}{'heads':>8}{'H':>5}{'KV MB':>8}  best peer, us"]
   for name, shape in shapes.named().items():
-    best = _best_peer(name)
+    best = best_peer(name)
     heads = f"{shape.num_heads}/{shape.num_kv_heads}"
     lines.append(
       f"{name:48}{heads:>8}{shape.head_dim:>5}{shape.kv_bytes / 1e6:>8.1f}  "
@@ -83,110 +90,134 @@ def listing() -> str:
   return "\n".join(lines)
 
 
+def default_names(shape: shapes.Shape) -> tuple[str, ...]:
+  """Returns the implementations worth comparing on this machine."""
+  gpu = jax.default_backend() != "cpu"
+  if shape.phase == "write":
+    return ("triton", "xla") if gpu else ("xla",)
+  return ("hopper", "triton", "jax_pallas", "cudnn") if gpu else (
+    "xla", "dense"
+  )
+
+
 def run(
-  shape: shapes.Shape,
-  names: Sequence[str],
+  chosen: Sequence[shapes.Shape],
+  names: Sequence[str] | None,
   *,
-  ceilings: ceilings_lib.Ceilings,
-  steps: int,
-  cold_bytes: int,
-  repeats: int,
-  seconds: float,
+  ceilings: Mapping[str, ceilings_lib.Ceilings],
+  efforts: Mapping[str, cells.Effort],
   seed: int,
-) -> list[Row]:
-  """Verifies and times implementations on one shape.
+) -> Iterator[tuple[shapes.Shape, list[Row]]]:
+  """Verifies and times implementations, shape by shape.
 
   Args:
-    shape: the call.
-    names: of `implementations.NAMES` and `peers.NAMES`.
-    ceilings: of this run.
-    steps: layers in the timed program.
-    cold_bytes: the layers' K and V hold at least this.
-    repeats: samples, at least.
-    seconds: sampling time of each, at least.
+    chosen: the calls.
+    names: of `implementations.NAMES` and `peers.NAMES`; None: the default ones
+      of each shape.
+    ceilings: of this run, by dtype.
+    efforts: how much work goes into a row, by phase.
     seed: of data and page order.
 
-  Returns:
-    A row for every name; `status` is ok, wrong, failed or unsupported.
+  Yields:
+    The shape and a row for every name; `status` is ok, wrong, failed or
+    unsupported.
   """
-  layers = programs.pool_layers(shape, cold_bytes, most=steps)
-  source = problem_lib.RandomSource(seed)
-  problem = problem_lib.build(shape, layers=layers, source=source, seed=seed)
-  dtype = verify.precise_dtype()
-  want, rounded = cells.truth(
-    problem,
-    verify.exact(shape, dtype),
-    None if shape.dtype == "float32" else verify.naive(shape),
+  pool = futures.ThreadPoolExecutor(os.cpu_count())
+  try:
+    ahead = max((effort.ahead for effort in efforts.values()), default=1)
+    for start in range(0, len(chosen), ahead):
+      jobs = {}
+      for shape in chosen[start : start + ahead]:
+        group = [
+          _cell(shape, name) for name in names or default_names(shape)
+        ]
+        jobs[shape] = group, {}
+        if shape.phase != "write":
+          ours = [c for c in group if c.implementation not in peers.NAMES]
+          jobs[shape][1].update(
+            cells.compile_ahead(pool, shape, ours, efforts[shape.phase])
+          )
+      futures.wait([f for _, job in jobs.values() for f in job.values()])
+      for shape, (group, job) in jobs.items():
+        args = group, efforts[shape.phase], ceilings[shape.dtype], seed
+        if shape.phase == "write":
+          rows = writing.run(*args)
+        else:
+          rows = _run(*args, job)
+        _compare(shape, rows)
+        yield shape, [cells.plain(row) for row in rows]
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _cell(shape, name):
+  pallas = name.split("+")[0] in implementations.PALLAS
+  return cells.Cell(
+    group="bench",
+    shape=shape,
+    implementation=name,
+    interpret=pallas and jax.default_backend() == "cpu",
   )
+
+
+def _run(group, effort, ceilings, seed, jobs):
+  shape = group[0].shape
+  layers = effort.layers(shape)
+  source = problem_lib.RandomSource(seed)
+  problem = problem_lib.build(
+    shape, layers=layers, source=source, seed=seed,
+    write=jobs["write"].result(),
+  )
+  naive = jobs["naive"].result() if "naive" in jobs else None
+  want, rounded = cells.truth(problem, jobs["exact"].result(), naive)
   rows, calls = [], {}
-  for name in names:
-    interpret = (
-      name in implementations.PALLAS and jax.default_backend() == "cpu"
-    )
-    cell = cells.Cell(
-      group="bench", shape=shape, implementation=name, interpret=interpret
-    )
-    row = cells.describe(cell, ceilings) | dict(steps=steps, layers=layers)
+  for cell in group:
+    name = cell.implementation
+    row = cells.describe(cell, ceilings)
+    row |= dict(steps=effort.steps, layers=layers)
     rows.append(row)
     try:
-      state, prepare = _prepare(name, problem, source, layers, interpret)
-      program = programs.chain(
-        prepare, layers=layers, steps=1 if interpret else steps
-      )
-      compiled = program.lower(state, problem.query).compile()
+      if name in peers.NAMES:
+        state = peers.state(name, problem, source, layers)
+        program = programs.chain(
+          peers.prepare(name, shape), layers=layers, steps=effort.steps
+        )
+        compiled = program.lower(state, problem.query).compile()
+      else:
+        state, compiled = problem.state, jobs[name].result()
       first, _ = compiled(state, problem.query)
       verdict = verify.check(first, want, rounded, shape)
       row.update(dataclasses.asdict(verdict))
       row.update(status="ok" if verdict.passed else "wrong")
       row["error"] = row.pop("problem")
-      if verdict.passed and not interpret:
-        calls[name] = (compiled, state)
+      if verdict.passed and not cell.interpret:
+        calls[name] = functools.partial(compiled, state, problem.query)
     except NotImplementedError as error:
       row.update(status="unsupported", error=cells.one_line(error))
     except Exception as error:
       row.update(status="failed", error=cells.one_line(error))
-  _time(rows, calls, problem, steps, repeats, seconds)
-  return [cells.plain(row) for row in rows]
-
-
-def _prepare(name, problem, source, layers, interpret):
-  if name in peers.NAMES:
-    state = peers.state(name, problem, source, layers)
-    return state, peers.prepare(name, problem.shape)
-  return problem.state, programs.ours(problem.shape, name, interpret or None)
-
-
-def _time(rows, calls, problem, steps, repeats, seconds):
   model = timing.wall(
-    {
-      name: functools.partial(compiled, state, problem.query)
-      for name, (compiled, state) in calls.items()
-    },
-    steps=steps, repeats=repeats, seconds=seconds,
+    calls, steps=effort.steps, repeats=effort.repeats, seconds=effort.seconds
   )
-  best = _best_peer(problem.shape.name)
-  on_same_device = shapes.stored()["device"] == rows[0]["device"]
   for row in rows:
     name = row["implementation"]
-    if name not in calls:
+    if name in calls:
+      row |= cells.timed(model[name], row)
+      row |= cells.kernel_times(calls[name], effort)
+  return rows
+
+
+def _compare(shape, rows):
+  """Adds what a time is against others': stored ones, the run's first one."""
+  best = best_peer(shape.name)
+  on_same_device = shapes.stored()["device"] == rows[0]["device"]
+  for row in rows:
+    if not row.get("median_us"):
       continue
-    row |= dataclasses.asdict(model[name])
-    row |= cells.rates(model[name].median_us, row)
     if best and on_same_device:
       row.update(best_peer=best[0], best_peer_us=best[1],
-                 ratio_to_best_peer=model[name].median_us / best[1])
-    compiled, state = calls[name]
-    measured = timing.kernels(
-      compiled, state, problem.query, steps=steps, repeats=repeats
-    )
-    if measured is not None:
-      row.update(
-        kernel_us=measured[0].median_us,
-        kernel_iqr_us=measured[0].iqr_us,
-        kernels=[[kernel, *rest] for kernel, rest in measured[1].items()],
-      )
-  for row in rows:  # relative to the first one, of the same rounds
-    if row.get("median_us") and rows[0].get("median_us"):
+                 ratio_to_best_peer=row["median_us"] / best[1])
+    if rows[0].get("median_us"):
       row["ratio_to_first"] = row["median_us"] / rows[0]["median_us"]
 
 
@@ -196,12 +227,12 @@ def table(shape: shapes.Shape, rows: Sequence[Row]) -> str:
   lines = [
     f"\n{shape.name}: B={shape.batch} N={shape.num_heads} "
     f"K={shape.num_kv_heads} H={shape.head_dim} p={shape.page_size} "
-    f"context {shape.context} ({shape.distribution}), {shape.dtype}, "
+    f"context {shape.context} ({shape.lengths_in_words}), {shape.dtype}, "
     f"{shape.bytes / 1e6:.1f} MB, {shape.flops / 1e9:.2f} GFLOP",
-    f"  {'':12}{'model us':>10}{'IQR':>8}"
+    f"  {'':24}{'model us':>10}{'IQR':>8}"
     + (f"{'kernel us':>11}" if gpu else "")
     + f"{'GB/s':>8}{'TFLOP/s':>9}{'ceiling':>9}{'of bound':>10}"
-    + f"{'vs first':>10}{'vs peer':>9}",
+    + f"{'vs first':>10}{'vs best peer':>14}",
   ]
   for row in rows:
     name = row["implementation"]
@@ -209,20 +240,21 @@ def table(shape: shapes.Shape, rows: Sequence[Row]) -> str:
       what = "verified, interpreted" if row["status"] == "ok" else (
         f"{row['status']}: {row['error']}"
       )
-      lines.append(f"  {name:12}{what}")
+      lines.append(f"  {name:24}{what}")
       continue
     peer = row.get("ratio_to_best_peer")
     lines.append(
-      f"  {name:12}{row['median_us']:>10.1f}{row['iqr_us']:>8.1f}"
+      f"  {name:24}{row['median_us']:>10.1f}{row['iqr_us']:>8.1f}"
       + (f"{row.get('kernel_us') or float('nan'):>11.1f}" if gpu else "")
       + f"{row['gbps']:>8.0f}{row['tflops']:>9.3g}"
       + f"{100 * row['ceiling_fraction']:>7.1f} %"
-      + f"{100 * row['of_bound']:>8.0f} %{row.get('ratio_to_first', 1):>10.2f}"
-      + (f"{peer:>9.2f}" if peer else "")
+      + f"{100 * row.get('of_bound', 0):>8.0f} %"
+      + f"{row.get('ratio_to_first', 1):>10.2f}"
+      + (f"{peer:>14.3f}" if peer else "")
     )
     for kernel, count, us in row.get("kernels", [])[:6]:
       lines.append(f"      {us:>8.2f} us  x{count:<7.3g}{kernel[:60]}")
-  best = _best_peer(shape.name)
+  best = best_peer(shape.name)
   if best:
     lines.append(
       f"  stored: {best[1]} us, {best[0]}, on {shapes.stored()['device']}"
@@ -230,41 +262,33 @@ def table(shape: shapes.Shape, rows: Sequence[Row]) -> str:
   return "\n".join(lines)
 
 
-def plot(rows: Sequence[Row], workdir: pathlib.Path) -> pathlib.Path | None:
-  """Draws the fraction of the ceiling against KV bytes; None if one shape.
-
-  Bytes (batch x context x heads) decide how near a decode kernel can come.
-  """
-  timed = [row for row in rows if row.get("median_us")]
-  if len({row["name"] for row in timed}) < 2:
-    return None
-  fig = figure.Figure(figsize=(8.4, 4.2), layout="constrained")
-  axes = fig.subplots(1, 2, sharey=True)
-  for ax, phase, unit, field, scale in (
-    (axes[0], "decode", "MB read", "bytes", 1e6),
-    (axes[1], "prefill", "GFLOP", "flops", 1e9),
-  ):
-    names = dict.fromkeys(row["implementation"] for row in timed)
-    for name in names:
-      mine = sorted(
-        (row[field] / scale, row["ceiling_fraction"])
-        for row in timed
-        if row["implementation"] == name and row["phase"] == phase
+def sums_of_parts(rows: Sequence[Row]) -> str:
+  """Returns how mixed shapes compare with their parts run alone, as text."""
+  times = {
+    (row["name"], row["implementation"]): row["median_us"]
+    for row in rows
+    if row.get("median_us")
+  }
+  lines = []
+  for name, implementation in times:
+    parts = [times.get((part, implementation)) for part in _parts(name)]
+    if parts and all(parts):
+      whole = times[name, implementation]
+      terms = " + ".join(f"{part:.1f}" for part in parts)
+      lines.append(
+        f"  {name}, {implementation}: {whole:.1f} us of {terms}: "
+        f"{whole / sum(parts):.3f} of the sum"
       )
-      if mine:
-        ax.plot(*zip(*mine), "o-", ms=4, lw=1, label=name)
-    ax.set(xscale="log", xlabel=unit, title=phase)
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
-  axes[0].set(ylabel="fraction of the ceiling", ylim=(0, 1.05))
-  for ax in axes:
-    if ax.lines:
-      ax.legend(frameon=False, fontsize=8)
-  path = workdir / "bench.png"
-  fig.savefig(path, dpi=140)
-  return path
+  if not lines:
+    return ""
+  return "\n".join(["\nmixed against its parts run alone", *lines, ""])
 
 
-def _best_peer(name):
+def best_peer(name: str) -> tuple[str, float] | None:
+  """Returns (name, us) of the fastest stored peer on a shape."""
   found = shapes.stored()["shapes"].get(name, {}).get("peers")
   return min(found.items(), key=lambda item: item[1]) if found else None
+
+
+def _parts(name):
+  return shapes.stored()["shapes"].get(name, {}).get("parts", ())

@@ -66,7 +66,7 @@ def measure(dtype: str) -> Ceilings:
 def _us(function, x):
   compiled = jax.jit(function).lower(x).compile()
   jax.block_until_ready(compiled(x))
-  measured = timing.kernels(compiled, x)
+  measured = timing.kernels(lambda: compiled(x))
   if measured is not None:
     return measured[0].median_us
   return timing.wall(

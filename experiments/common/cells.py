@@ -8,7 +8,7 @@
 Timing never overlaps compilation: on two cores it would be noise.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 import dataclasses
 import importlib.metadata
@@ -72,6 +72,7 @@ class Effort:
     seconds: time of the samples of a cell, at least.
     repeats: samples, at least.
     ahead: shapes compiled at once.
+    most_layers: L at most.
   """
 
   steps: int
@@ -79,9 +80,14 @@ class Effort:
   seconds: float
   repeats: int
   ahead: int
+  most_layers: int = 32
 
   def layers(self, shape: shapes.Shape) -> int:  # L
-    return programs.pool_layers(shape, self.cold_bytes)
+    return programs.pool_layers(shape, self.cold_bytes, self.most_layers)
+
+  def takes_first(self, shape: shapes.Shape) -> bool:
+    """Whether a program is told where to begin: it visits a part of L."""
+    return self.steps < self.layers(shape)
 
 
 def run(
@@ -104,7 +110,9 @@ def run(
   try:
     for start in range(0, len(groups), effort.ahead):
       batch = groups[start : start + effort.ahead]
-      jobs = [_compile(pool, group, effort) for group in batch]
+      jobs = [
+        compile_ahead(pool, group[0].shape, group, effort) for group in batch
+      ]
       futures.wait([f for job in jobs for f in job.values()])
       for group, job in zip(batch, jobs):
         yield from _run_shape(group, job, source, effort, ceilings)
@@ -112,9 +120,25 @@ def run(
     pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _compile(pool, group, effort):
-  """Returns futures of the shape's programs by name."""
-  shape = group[0].shape
+def compile_ahead(
+  pool: futures.Executor,
+  shape: shapes.Shape,
+  group: Sequence[Cell],
+  effort: Effort,
+) -> dict[str, futures.Future]:
+  """Returns futures of the compiled programs of one shape, by name.
+
+  Args:
+    pool: of threads.
+    shape: the call.
+    group: cells of the shape.
+    effort: how much work goes into a cell.
+
+  Returns:
+    "write" (`problem.writer`), "exact", "naive" in half precision, and each
+    cell's chain by the name of its implementation. A chain takes
+    (state, query), and where it visits fewer layers than there are, the first.
+  """
   layers = effort.layers(shape)
   spec = problem_lib.specs(shape, layers)
   state = {k: v for k, v in spec.items() if k not in ("query", "k", "v")}
@@ -137,7 +161,8 @@ def _compile(pool, group, effort):
       steps=1 if cell.interpret else effort.steps,
     )
     first = jax.ShapeDtypeStruct((), np.int32)
-    return program.lower(state, spec["query"], first).compile()
+    args = (first,) if effort.takes_first(shape) else ()
+    return program.lower(state, spec["query"], *args).compile()
 
   jobs = {
     "write": pool.submit(problem_lib.writer, shape, layers),
@@ -171,7 +196,8 @@ def _run_shape(group, jobs, source, effort, ceilings):
       if broken is not None:
         raise broken
       compiled = jobs[cell.implementation].result()
-      first, _ = compiled(problem.state, problem.query, np.int32(0))
+      args = (np.int32(0),) if effort.takes_first(shape) else ()
+      first, _ = compiled(problem.state, problem.query, *args)
       verdict = verify.check(first, want, rounded, shape)
       row.update(dataclasses.asdict(verdict))
       row.update(status="ok" if verdict.passed else "wrong")
@@ -247,28 +273,40 @@ def one_line(error: Exception) -> str:
 
 def _time(compiled, problem, effort, ceilings):
   shape, steps = problem.shape, effort.steps
-  layers = itertools.cycle(
-    [jnp.int32(i) for i in range(effort.layers(shape))][::steps]
-  )
+  first = [()]
+  if effort.takes_first(shape):
+    first = [(jnp.int32(i),) for i in range(effort.layers(shape))][::steps]
+  first = itertools.cycle(first)
+
+  def call():
+    return compiled(problem.state, problem.query, *next(first))
+
   model = timing.wall(
-    {"": lambda: compiled(problem.state, problem.query, next(layers))},
-    steps=steps, repeats=effort.repeats, seconds=effort.seconds,
+    {"": call}, steps=steps, repeats=effort.repeats, seconds=effort.seconds
   )[""]
   row = dict(bytes=shape.bytes, flops=shape.flops,
              limit_us=ceilings.limit_us(shape.bytes, shape.flops))
-  row |= dataclasses.asdict(model) | rates(model.median_us, row)
-  measured = timing.kernels(
-    compiled, problem.state, problem.query, jnp.int32(0),
-    steps=steps, repeats=effort.repeats,
+  return timed(model, row) | kernel_times(call, effort)
+
+
+def timed(model: timing.Timing, row: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields of a row that follow from its model time."""
+  return dataclasses.asdict(model) | rates(model.median_us, row)
+
+
+def kernel_times(
+  call: Callable[[], object], effort: Effort
+) -> dict[str, Any]:
+  """Returns the sum of a call's kernels and each of them; {} off a GPU."""
+  measured = timing.kernels(call, steps=effort.steps, repeats=effort.repeats)
+  if measured is None:
+    return {}
+  kernel, names = measured
+  return dict(
+    kernel_us=kernel.median_us,
+    kernel_iqr_us=kernel.iqr_us,
+    kernels=[[n[:80], *rest] for n, rest in list(names.items())[:8]],
   )
-  if measured is not None:
-    kernel, names = measured
-    row |= dict(
-      kernel_us=kernel.median_us,
-      kernel_iqr_us=kernel.iqr_us,
-      kernels=[[n[:80], *rest] for n, rest in list(names.items())[:6]],
-    )
-  return row
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:

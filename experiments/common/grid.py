@@ -120,7 +120,7 @@ def from_config(config: Mapping[str, Any]) -> Grid:
   for name, *heads in values["geometries"]:
     _ints(f"geometries, {name}", heads, "(name, N, K, H), three ints")
   grid = _typed(Grid, values, "")
-  _known("phases", grid.phases, shapes.PHASES, "")
+  _known("phases", grid.phases, ("decode", "prefill"), "")
   _known("source", [grid.source], ("random", "smollm2"), "")
   for ratio in grid.ratios:
     if grid.ratio_heads % ratio:

@@ -46,7 +46,7 @@ def state(
   caches = [
     tuple(
       _contiguous(x, problem.shape)
-      for x in source.keys_values(problem.shape, layer)
+      for x in problem_lib.tokens(problem.shape, source, layer)
     )
     for layer in range(layers)
   ]
@@ -68,7 +68,7 @@ def prepare(
 def _dense(name, shape, state):
   S, B = shape.context, shape.batch
   full = shape.distribution == "const"
-  rows = 1 if shape.phase == "decode" else S
+  rows = 1 if shape.decode else S
   implementation = "cudnn" if name == "cudnn" else "xla"
   # Lengths cost a mask: none where every row is full.
   lengths = None if full else state["lengths"]
@@ -119,10 +119,9 @@ def _check(name, shape):
     "sinks": shape.sinks,
     "a window": shape.window is not None,
     "a soft cap": shape.soft_cap is not None and name != "jax_pallas",
-    "prefill": shape.phase == "prefill" and name == "jax_pallas",
-    "part of a prompt": (
-      shape.phase == "prefill" and shape.query_tokens != 0
-    ),
+    "prefill": not shape.decode and name == "jax_pallas",
+    "part of a prompt": not shape.decode and shape.query_tokens != 0,
+    "rows that differ in new tokens": bool(shape.runs),
     "a CPU": jax.default_backend() == "cpu" and name != "dense",
     "float32": shape.dtype == "float32" and name == "cudnn",
   }

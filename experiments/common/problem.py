@@ -78,9 +78,23 @@ class Problem:
     return {name: getattr(self, name) for name in names}
 
 
+def tokens(
+  shape: shapes.Shape, source: Source, layer: int
+) -> tuple[Float[Array, "S K H"], Float[Array, "S K H"]]:
+  """Returns a layer's keys and values, row after row; prefixes agree."""
+  k, v = source.keys_values(shape, layer)
+  if not shape.shared_prefix:
+    return k, v
+  positions = np.concatenate([np.arange(n) for n in shape.lengths])
+  own = np.arange(len(positions))
+  index = jnp.asarray(np.where(positions < shape.shared_prefix, positions, own))
+  return k[index], v[index]
+
+
 def num_pages(shape: shapes.Shape) -> int:
   """P: the pages in use and an eighth more, at least three, all NaN."""
-  used = int(shape.pages.sum())
+  shared = shape.shared_prefix // shape.page_size
+  used = int(shape.pages.sum()) - (shape.batch - 1) * shared
   return used + max(3, used // 8)
 
 
@@ -90,7 +104,7 @@ def specs(shape: shapes.Shape, layers: int) -> dict[str, Any]:
   H, dtype = shape.head_dim, shapes.numpy_dtype(shape.dtype)
   pool = (layers, num_pages(shape), K, shape.page_size, H)
   spec = jax.ShapeDtypeStruct
-  tokens = spec((shape.num_kv_tokens, K, H), dtype)
+  rows = spec((shape.num_kv_tokens, K, H), dtype)
   return dict(
     query=spec((shape.num_tokens, N, H), dtype),
     k_pages=spec(pool, dtype),
@@ -99,8 +113,8 @@ def specs(shape: shapes.Shape, layers: int) -> dict[str, Any]:
     lengths=spec((B,), np.int32),
     query_starts=spec((B + 1,), np.int32),
     sinks=spec((N,), np.float32) if shape.sinks else None,
-    k=tokens,
-    v=tokens,
+    k=rows,
+    v=rows,
   )
 
 
@@ -110,7 +124,10 @@ def page_table(shape: shapes.Shape, seed: int) -> Int[np.ndarray, "B M"]:
   ids = np.random.default_rng(seed).permutation(total).astype(np.int32)
   table = np.full((shape.batch, shape.max_pages), total, np.int32)
   owned = np.arange(shape.max_pages) < shape.pages[:, None]
+  shared = shape.shared_prefix // shape.page_size
+  owned[1:, :shared] = False
   table[owned] = ids[: owned.sum()]
+  table[1:, :shared] = table[0, :shared]
   return table
 
 
@@ -152,7 +169,7 @@ def build(
   first = None
   write = write or writer(shape, layers)
   for layer in range(layers):
-    k, v = source.keys_values(shape, layer)
+    k, v = tokens(shape, source, layer)
     pools = write(*pools, k, v, where, np.int32(layer))
     first = first or (k, v)
   sinks = None

@@ -8,6 +8,7 @@ and held against the reference.
 """
 
 from collections.abc import Callable
+import inspect
 from typing import Any
 
 import jax
@@ -24,10 +25,21 @@ Attend = Callable[[Float[Array, "T N H"], int], Float[Array, "T N H"]]
 def ours(
   shape: shapes.Shape, implementation: str, interpret: bool | None = None
 ) -> Callable[[Any], Attend]:
-  """Returns state -> attend for an implementation of `paged_attention`."""
+  """Returns state -> attend for an implementation of `paged_attention`.
+
+  Args:
+    shape: the call.
+    implementation: its name, or "name+option" where the plan is to be made
+      with `option=True`, as in "hopper+batch_invariant".
+    interpret: as in `paged_attention`.
+  """
+  implementation, *options = implementation.split("+")
 
   def prepare(state) -> Attend:
-    decode = shape.phase == "decode" and shape.query_tokens == 1
+    for option in options:
+      if option not in inspect.signature(api.plan_attention).parameters:
+        raise NotImplementedError(f"plan_attention has no {option}")
+    decode = shape.decode
     longest = None if decode else int(shape.query_lengths.max())
     plan = api.plan_attention(
       state["page_table"],
@@ -41,6 +53,7 @@ def ours(
       max_query_length=longest,
       window=shape.window,
       implementation=implementation,
+      **dict.fromkeys(options, True),
     )
 
     @jax.jit  # traced and lowered once, whatever the number of layers
@@ -74,6 +87,9 @@ def chain(
   prepare: Callable[[Any], Attend], *, layers: int, steps: int
 ) -> Callable[..., tuple[Array, Array]]:
   """Returns the jitted (state, query, first=0) -> (first, last output).
+
+  The query of a layer is the output of the one before: layers wait for each
+  other, and nothing but attention runs.
 
   Args:
     prepare: state -> attend, as from `ours` or `peers`.

@@ -16,7 +16,7 @@ from jaxtyping import Int
 import ml_dtypes
 import numpy as np
 
-PHASES = ("decode", "prefill")
+PHASES = ("decode", "prefill", "mixed", "shared", "write")
 DTYPES = ("float32", "bfloat16", "float16")
 DISTRIBUTIONS = ("const", "ragged", "uniform", "lognormal", "one_long")
 
@@ -27,7 +27,9 @@ class Shape:
 
   Attributes:
     name: what tables and reports call it.
-    phase: "decode" or "prefill".
+    phase: "decode", "prefill" (whole prompts and chunks of them), "mixed" (both
+      in one call), "shared" (decode of rows that begin alike) or "write" (the
+      new tokens are written to the pool, nothing is attended).
     batch: B, sequences.
     num_heads: N, query heads.
     num_kv_heads: K, a divisor of N.
@@ -39,6 +41,9 @@ class Shape:
       context / 8, sigma 1, clipped; "one_long" = one of `context`, the others
       context / 64.
     query_tokens: new tokens a sequence; 0 = all of them (a whole prompt).
+    runs: (rows, tokens, new tokens) of rows that are alike, in place of
+      `distribution` and `query_tokens`.
+    shared_prefix: tokens that all rows begin with, in the same pages.
     window: sliding window in tokens, or None.
     soft_cap: cap of the logits, or None.
     sinks: whether every head has a sink logit.
@@ -56,6 +61,8 @@ class Shape:
   context: int
   distribution: str = "const"
   query_tokens: int = 1
+  runs: tuple[tuple[int, int, int], ...] = ()
+  shared_prefix: int = 0
   window: int | None = None
   soft_cap: float | None = None
   sinks: bool = False
@@ -83,6 +90,35 @@ class Shape:
           f"{name} is {value!r}: pass one of {', '.join(known)}"
         )
 
+    rows = sum(count for count, *_ in self.runs)
+    longest = max((tokens for _, tokens, _ in self.runs), default=0)
+    if self.runs and (rows, longest) != (self.batch, self.context):
+      raise ValueError(
+        f"runs hold {rows} rows of up to {longest} tokens but batch is "
+        f"{self.batch} and context {self.context}: both must agree"
+      )
+    prefix = self.shared_prefix
+    if prefix and (
+      prefix % self.page_size or self.window or prefix > min(self.lengths)
+    ):
+      raise ValueError(
+        f"shared_prefix is {prefix}: pass whole pages of {self.page_size}, no "
+        f"more than the shortest row's {min(self.lengths)}, and no window"
+      )
+
+  @property
+  def decode(self) -> bool:
+    """Whether every row has one new token, so that T == B."""
+    return not self.runs and self.query_tokens == 1
+
+  @property
+  def lengths_in_words(self) -> str:
+    if self.runs:
+      return " + ".join(f"{n} x {new} of {all_}" for n, all_, new in self.runs)
+    if self.shared_prefix:
+      return f"{self.distribution}, the first {self.shared_prefix} shared"
+    return self.distribution
+
   @property
   def group_size(self) -> int:  # G = N / K
     return self.num_heads // self.num_kv_heads
@@ -91,7 +127,9 @@ class Shape:
   def lengths(self) -> Int[np.ndarray, "B"]:
     rng = np.random.default_rng(self.seed)
     c, b = self.context, self.batch
-    if self.distribution == "const":
+    if self.runs:
+      lengths = np.repeat(*np.array(self.runs).T[1::-1])
+    elif self.distribution == "const":
       lengths = np.full(b, c)
     elif self.distribution == "ragged":
       lengths = rng.integers(max(c // 2, 1), c, b, endpoint=True)
@@ -106,6 +144,9 @@ class Shape:
 
   @functools.cached_property
   def query_lengths(self) -> Int[np.ndarray, "B"]:
+    if self.runs:
+      counts, _, new = np.array(self.runs, np.int32).T
+      return np.repeat(new, counts)
     if not self.query_tokens:
       return self.lengths
     return np.minimum(self.lengths, self.query_tokens).astype(np.int32)
@@ -142,17 +183,25 @@ class Shape:
     if self.window is not None:
       seen = np.minimum(seen, self.window + self.query_lengths - 1)
     row = 2 * self.num_kv_heads * self.head_dim * self.itemsize
-    return int(seen.sum()) * row
+    return (int(seen.sum()) - (self.batch - 1) * self.shared_prefix) * row
 
   @property
   def bytes(self) -> int:
-    """The least bytes a kernel can move: K, V, query, output, page table."""
+    """The least bytes a kernel can move: K, V, query, output, page table.
+
+    A writer reads the new rows of K and V, and writes them.
+    """
+    if self.phase == "write":
+      row = 2 * self.num_kv_heads * self.head_dim * self.itemsize
+      return 2 * self.num_tokens * row
     query = self.num_tokens * self.num_heads * self.head_dim * self.itemsize
     return self.kv_bytes + 2 * query + 4 * int(self.pages.sum())
 
   @property
   def flops(self) -> int:
     """4 H a pair: two for q . k, two for the weighted sum of v."""
+    if self.phase == "write":
+      return 0
     length, new = self.lengths.astype(np.int64), self.query_lengths
     if self.window is None:
       pairs = new * length - new * (new - 1) // 2
@@ -184,7 +233,9 @@ def stored() -> dict[str, Any]:
 def named() -> dict[str, Shape]:
   """Returns the stored shapes by name."""
   fields = {field.name for field in dataclasses.fields(Shape)}
-  return {
-    name: Shape(name=name, **{k: v for k, v in row.items() if k in fields})
-    for name, row in stored()["shapes"].items()
-  }
+  found = {}
+  for name, row in stored()["shapes"].items():
+    values = {k: v for k, v in row.items() if k in fields}
+    values["runs"] = tuple(map(tuple, row.get("runs", ())))
+    found[name] = Shape(name=name, **values)
+  return found

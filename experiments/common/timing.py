@@ -2,11 +2,17 @@
 
 Two clocks, and what each one sees:
 
-    wall     host clock around calls queued back to back, one wait at the end;
-             with many layers a call: what a model feels (launch gaps count)
+    wall     host clock around calls queued back to back; with many layers a
+             call: what a model feels (launch gaps count)
     kernels  CUPTI's times of the kernels alone, summed; GPU only
 
-A host clock around one call on a GPU measures the host: never done here.
+A host clock around one call on a GPU measures the host: waking up after the
+wait takes up to milliseconds. So there a sample is a slope,
+
+    (time of 1 + n calls, one wait) - (time of 1 call, one wait)
+    -------------------------------------------------------------
+                                  n
+in which whatever a wait costs cancels.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +27,8 @@ try:
 except ImportError:  # a jaxlib without Mosaic GPU
   profiler = None
 
-_MAX_QUEUED = 20  # calls in flight before one wait
+_WINDOW = 0.04  # seconds of work in a slope, on a GPU
+_MAX_QUEUED = 60  # calls in flight before one wait
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,11 +70,12 @@ def wall(
     Timing by name, per step.
   """
   on_gpu = jax.default_backend() != "cpu"
-  queued = dict.fromkeys(calls, 1)
-  if on_gpu:  # so many calls in a sample that it lasts some 5 ms
+  queued = dict.fromkeys(calls, 0)
+  if on_gpu:
     for name, call in calls.items():
-      guess = _sample(call, 2)
-      queued[name] = int(np.clip(5e-3 / max(guess, 1e-9), 1, _MAX_QUEUED))
+      _elapsed(call, 1)
+      guess = _elapsed(call, 2) / 2
+      queued[name] = int(np.clip(np.ceil(_WINDOW / guess), 1, _MAX_QUEUED))
   samples = {name: [] for name in calls}
   end = time.perf_counter() + seconds * len(calls)
   rounds = 0
@@ -78,21 +86,27 @@ def wall(
   return {name: summarise(values) for name, values in samples.items()}
 
 
-def _sample(call, count):
+def _sample(call, more):
+  """Seconds of a call; of one among `more` that were queued behind it."""
+  one = _elapsed(call, 1)
+  return (_elapsed(call, 1 + more) - one) / more if more else one
+
+
+def _elapsed(call, count):
   start = time.perf_counter()
-  outputs = [call() for _ in range(count)]
-  jax.block_until_ready(outputs[-1])
-  return (time.perf_counter() - start) / count
+  for _ in range(count):
+    output = call()  # earlier ones are freed: big outputs need not pile up
+  jax.block_until_ready(output)
+  return time.perf_counter() - start
 
 
 def kernels(
-  compiled, *args, steps: int = 1, repeats: int = 10
+  call: Callable[[], object], *, steps: int = 1, repeats: int = 10
 ) -> tuple[Timing, dict[str, tuple[float, float]]] | None:
-  """Sums the GPU kernels of a compiled program.
+  """Sums the GPU kernels of a call.
 
   Args:
-    compiled: a jitted or compiled function.
-    *args: its arguments.
+    call: queues one compiled program and returns its outputs.
     steps: units of work in a call; times are per step.
     repeats: samples.
 
@@ -102,7 +116,7 @@ def kernels(
   """
   if profiler is None or jax.default_backend() == "cpu":
     return None
-  runs = _profile(compiled, args, repeats)
+  runs = _profile(call, repeats)
   if not runs:
     return None
   totals = [1e3 * sum(ms for _, ms in run) / steps for run in runs]
@@ -116,15 +130,19 @@ def kernels(
   return summarise(totals), by_name
 
 
-def _profile(compiled, args, repeats):
-  """Returns [(kernel name, ms), ...] for each repeat; [] if CUPTI is silent."""
+def _profile(call, repeats):
+  """Returns [(kernel name, ms), ...] of each call; [] if CUPTI is silent."""
+  # `profiler.measure` would do but for donated arguments, which it passes
+  # again, and kernels on several streams, whose order it wants to be fixed.
+  cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+  jax.block_until_ready(call())
+  cupti._cupti_init()
   try:
-    measured = profiler.measure(
-      compiled, aggregate=False, iterations=max(repeats, 2)
-    )
-    return measured(*args)[1] or []
-  except RuntimeError:
-    # Kernels on several streams may finish in another order each time.
-    one = profiler.measure(compiled, aggregate=False)
-    runs = [one(*args)[1] for _ in range(min(repeats, 3))]
-    return [run for run in runs if run]
+    for _ in range(repeats):
+      jax.block_until_ready(call())
+  finally:
+    found = cupti._cupti_get_timings(True) or []
+  each, rest = divmod(len(found), repeats)
+  if rest:  # some launches were not recorded: no telling which
+    return _profile(call, 1) if repeats > 1 else []
+  return [found[i * each : (i + 1) * each] for i in range(repeats) if each]

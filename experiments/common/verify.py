@@ -7,6 +7,9 @@
 b is the reference in higher precision: float64 on a CPU, float32 without TF32
 on a GPU. n is a naive attention with logits, probabilities and output rounded
 to the dtype and the softmax in float32: what the dtype itself costs.
+
+Long prompts are held against b in blocks of neighbouring tokens, the first, the
+last and others by chance; that all is finite is asked of every element.
 """
 
 from collections.abc import Callable
@@ -18,7 +21,7 @@ import chex
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 from experiments.common import shapes
@@ -27,6 +30,7 @@ from paged_jax.ops import reference
 
 ATOL, RTOL = 2e-6, 1e-5
 _QUERY_BLOCK = 128  # rows of the naive attention at once
+_MOST_BLOCKS = 32  # of more than one token, that are checked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class Verdict:
     mean_bound: what mean_error may reach (float32: mean of the bounds).
     of_bound: the part of the bound used up, 0..1 where right; the worst
       element's (float32) or the worse of max and mean (half precision).
+    checked_tokens: tokens held against the reference.
     problem: what is wrong; empty when the output is right.
   """
 
@@ -48,6 +53,7 @@ class Verdict:
   max_bound: float = float("nan")
   mean_bound: float = float("nan")
   of_bound: float = float("nan")
+  checked_tokens: int = 0
   problem: str = ""
 
   @property
@@ -60,28 +66,77 @@ def precise_dtype() -> str:
   return "float64" if jax.default_backend() == "cpu" else "float32"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+  """What is checked: C blocks of query tokens, each of one sequence.
+
+  Attributes:
+    rows: the sequence.
+    starts: the first token's row among the packed queries.
+    counts: query tokens.
+    lengths: KV tokens up to the last one's own.
+  """
+
+  rows: Int[np.ndarray, "C"]
+  starts: Int[np.ndarray, "C"]
+  counts: Int[np.ndarray, "C"]
+  lengths: Int[np.ndarray, "C"]
+
+  @functools.cached_property
+  def tokens(self) -> Int[np.ndarray, "t"]:
+    """Packed query rows of all blocks."""
+    return np.concatenate([
+      np.arange(start, start + count)
+      for start, count in zip(self.starts, self.counts)
+    ])
+
+
+@functools.cache
+def blocks(shape: shapes.Shape) -> Blocks:
+  """Returns what `exact`, `naive` and `check` look at: all, if that is little.
+  """
+  size = min(_QUERY_BLOCK, int(shape.query_lengths.max()))
+  every = np.array([
+    (b, shape.query_starts[b] + i, min(size, new - i),
+     min(n - new + i + size, n))
+    for b, (n, new) in enumerate(zip(shape.lengths, shape.query_lengths))
+    for i in range(0, new, size)
+  ])
+  if size > 1 and len(every) > _MOST_BLOCKS:
+    rng = np.random.default_rng(shape.seed)
+    some = rng.choice(
+      np.arange(1, len(every) - 1), _MOST_BLOCKS - 2, replace=False
+    )
+    every = every[[0, *sorted(some), len(every) - 1]]
+  rows, starts, counts, lengths = every.T.astype(np.int32)
+  return Blocks(rows=rows, starts=starts, counts=counts, lengths=lengths)
+
+
 def exact(shape: shapes.Shape, dtype: str) -> Callable[[Any, Array], Array]:
   """Returns the jitted reference, (state, query) -> output in `dtype`.
 
-  Trace and call it under `precision(dtype)`.
+  Of the tokens of `blocks(shape)`; a block is a chunk of its sequence. Trace
+  and call it under `precision(dtype)`.
   """
+  some = blocks(shape)
+  starts = np.concatenate([[0], some.counts.cumsum()]).astype(np.int32)
 
   def program(state, query):
     inputs = inputs_lib.normalise(
-      query,
+      query[some.tokens],
       state["k_pages"],
       state["v_pages"],
-      state["page_table"],
-      state["lengths"],
-      query_starts=state["query_starts"],
-      max_query_length=int(shape.query_lengths.max()),
+      state["page_table"][some.rows],
+      jnp.asarray(some.lengths),
+      query_starts=jnp.asarray(starts),
+      max_query_length=int(some.counts.max()),
       layer=0,
       window=shape.window,
       soft_cap=shape.soft_cap,
       sinks=state["sinks"],
     )
     # The dtype of the query decides the precision of everything after it.
-    inputs = dataclasses.replace(inputs, query=query.astype(dtype))
+    inputs = dataclasses.replace(inputs, query=inputs.query.astype(dtype))
     return reference.attend(inputs)[0]
 
   return jax.jit(program)
@@ -95,22 +150,21 @@ def precision(dtype: str):
 def naive(shape: shapes.Shape) -> Callable[..., Array]:
   """Returns the jitted naive attention, (query, k, v, sinks) -> output.
 
-  k and v are packed tokens [S, K, H]: no pages, nothing to get wrong.
+  Of the tokens of `blocks(shape)`. k and v are packed tokens [S, K, H]: no
+  pages, nothing to get wrong.
   """
   longest, dtype = int(shape.lengths.max()), shape.dtype
   K, G, H = shape.num_kv_heads, shape.group_size, shape.head_dim
   kv_starts = shape.lengths.cumsum() - shape.lengths
-  block = min(_QUERY_BLOCK, int(shape.query_lengths.max()))
-  tasks = np.array([
-    (shape.query_starts[b] + i, kv_starts[b], n, n - shape.query_lengths[b] + i)
-    for b, n in enumerate(shape.lengths)
-    for i in range(0, shape.query_lengths[b], block)
-  ], np.int32)
-  # Where a packed query lies among the blocks.
-  home = np.concatenate([np.arange(n) for n in shape.query_lengths])
-  sizes = -(-shape.query_lengths // block)
-  first = np.repeat(sizes.cumsum() - sizes, shape.query_lengths)
-  home = (first + home // block) * block + home % block
+  some = blocks(shape)
+  block = int(some.counts.max())
+  tasks = np.stack([
+    some.starts, kv_starts[some.rows], some.lengths, some.lengths - some.counts
+  ], axis=1).astype(np.int32)
+  # Where a token lies among the blocks' outputs.
+  home = np.concatenate([
+    i * block + np.arange(count) for i, count in enumerate(some.counts)
+  ])
 
   def program(query, k, v, sinks):
     query = jnp.pad(query, ((0, block), (0, 0), (0, 0)))
@@ -152,15 +206,15 @@ def naive(shape: shapes.Shape) -> Callable[..., Array]:
 
 def check(
   out: Float[Array, "T N H"],
-  want: Float[Array, "T N H"],
-  rounded: Float[Array, "T N H"] | None,
+  want: Float[Array, "t N H"],
+  rounded: Float[Array, "t N H"] | None,
   shape: shapes.Shape,
 ) -> Verdict:
   """Holds an output against the reference.
 
   Args:
     out: what the implementation returned.
-    want: what `exact` returned.
+    want: what `exact` returned: t of the T tokens, see `blocks`.
     rounded: what `naive` returned; None for float32.
     shape: the call.
 
@@ -168,18 +222,22 @@ def check(
     The verdict; `problem` says what is wrong.
   """
   try:
-    chex.assert_shape(out, want.shape)
+    chex.assert_shape(out, (shape.num_tokens, *want.shape[1:]))
     chex.assert_type(out, shapes.numpy_dtype(shape.dtype))
   except AssertionError as error:
     return Verdict(problem=f"shape or dtype: {_one_line(error)}")
+  broken, first = map(int, jax.device_get(_broken(out)))
+  if broken:
+    at = np.unravel_index(first, out.shape)
+    return Verdict(
+      problem=f"{broken} elements are NaN or Inf, the first at "
+      f"[{', '.join(map(str, map(int, at)))}]"
+    )
+  tokens = blocks(shape).tokens
+  if len(tokens) < shape.num_tokens:
+    out = out[tokens]
   with precision(str(want.dtype)):
     stats = jax.device_get(_compare(out, want))
-  if stats["nonfinite"]:
-    at = np.unravel_index(int(stats["first"]), want.shape)
-    return Verdict(
-      problem=f"{int(stats['nonfinite'])} elements are NaN or Inf, the first "
-      f"at [{', '.join(map(str, map(int, at)))}]"
-    )
   if rounded is None:
     bounds = stats["bound_at_worst"], stats["mean_bound"]
     of_bound = stats["worst"]
@@ -205,25 +263,30 @@ def check(
     max_bound=max_bound,
     mean_bound=mean_bound,
     of_bound=float(of_bound),
+    checked_tokens=len(tokens),
     problem=problem,
   )
 
 
-@functools.partial(jax.jit)
+@jax.jit
+def _broken(out):
+  """Returns (NaN and Inf in it, index of the first one)."""
+  broken = ~jnp.isfinite(out).ravel()
+  return broken.sum(), jnp.argmax(broken)
+
+
+@jax.jit
 def _compare(out, want):
   error = jnp.abs(out.astype(want.dtype) - want).ravel()
   bound = (ATOL + RTOL * jnp.abs(want)).ravel()
   ratio = error / bound
   worst = jnp.argmax(ratio)
-  broken = ~jnp.isfinite(out).ravel()
   return dict(
     max=error.max(),
     mean=error.mean(),
     worst=ratio[worst],
     bound_at_worst=bound[worst],
     mean_bound=bound.mean(),
-    nonfinite=broken.sum(),
-    first=jnp.argmax(broken),
   )
 
 

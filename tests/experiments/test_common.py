@@ -2,22 +2,26 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.common import (
   bench,
+  bench_plot,
   captured,
   ceilings,
+  cells,
+  programs,
   records,
   shapes,
+  timing,
   verify,
 )
 from experiments.common import problem as problem_lib
 from paged_jax.models import config as config_lib
 from paged_jax.models.transformer import Transformer
+from paged_jax.ops import write_kv
 
 
 def _shape(**changes):
@@ -126,6 +130,79 @@ def test_half_precision_is_held_to_what_the_dtype_costs():
   assert not verify.check(rounded, want, nan, shape).passed
 
 
+def test_long_prompts_are_checked_in_blocks(monkeypatch):
+  monkeypatch.setattr(verify, "_QUERY_BLOCK", 4)
+  monkeypatch.setattr(verify, "_MOST_BLOCKS", 5)
+  verify.blocks.cache_clear()
+  shape = _shape(
+    name="blocks", batch=2, context=50, query_tokens=37, window=9,
+    dtype="bfloat16",
+  )
+  some = verify.blocks(shape)
+  assert len(some.rows) == 5 and len(some.tokens) < shape.num_tokens
+  assert some.tokens[0] == 0 and some.tokens[-1] == shape.num_tokens - 1
+  problem = problem_lib.build(
+    shape, layers=1, source=problem_lib.RandomSource(1)
+  )
+  state, query = problem.state, problem.query
+  with verify.precision("float64"):
+    want = verify.exact(shape, "float64")(state, query)
+  rounded = verify.naive(shape)(query, problem.k, problem.v, problem.sinks)
+  out = programs.ours(shape, "xla")(state)(query, 0)
+  verdict = verify.check(out, want, rounded, shape)
+  assert verdict.passed, verdict
+  assert verdict.checked_tokens == len(some.tokens)
+  at = some.tokens[6]
+  wrong = verify.check(out.at[at].add(0.1), want, rounded, shape)
+  assert not wrong.passed
+  unseen = np.setdiff1d(np.arange(shape.num_tokens), some.tokens)[3]
+  nan = verify.check(out.at[unseen, 1, 2].set(jnp.nan), want, rounded, shape)
+  assert f"the first at [{unseen}, 1, 2]" in nan.problem
+  verify.blocks.cache_clear()
+
+
+@pytest.mark.parametrize("changes", [
+  dict(phase="mixed", runs=((1, 21, 13), (2, 9, 1)), context=21),
+  dict(phase="shared", shared_prefix=12, query_tokens=1, distribution="const"),
+])
+def test_rows_that_differ_and_rows_that_begin_alike(changes):
+  shape = _shape(**changes)
+  problem = problem_lib.build(
+    shape, layers=1, source=problem_lib.RandomSource(1)
+  )
+  table = np.asarray(problem.page_table)
+  total = problem_lib.num_pages(shape)
+  used = len(np.unique(table[table < total]))
+  if shape.shared_prefix:
+    assert shape.decode
+    assert (table[:, :3] == table[0, :3]).all()
+    assert used == shape.pages.sum() - 2 * 3
+    kv_bytes = (12 + 3 * 9) * 2 * 2 * 16 * 4
+  else:
+    assert not shape.decode
+    assert shape.query_lengths.tolist() == [13, 1, 1]
+    assert used == shape.pages.sum() == 12
+    kv_bytes = (21 + 2 * 9) * 2 * 2 * 16 * 4
+  assert shape.kv_bytes == kv_bytes
+  with verify.precision("float64"):
+    want = verify.exact(shape, "float64")(problem.state, problem.query)
+  naive = verify.naive(shape)(
+    problem.query, problem.k, problem.v, problem.sinks
+  )
+  out = programs.ours(shape, "xla")(problem.state)(problem.query, 0)
+  for got in (naive, out):
+    assert verify.check(got, want, None, shape).passed
+
+
+@pytest.mark.parametrize("changes, match", [
+  (dict(runs=((1, 21, 13),)), "batch is 3"),
+  (dict(shared_prefix=6), "whole pages of 4"),
+])
+def test_shapes_that_contradict_themselves(changes, match):
+  with pytest.raises(ValueError, match=match):
+    _shape(**changes)
+
+
 def test_records_survive_a_cut_line(tmp_path):
   book = records.Records(tmp_path / "rows.jsonl")
   book.append(dict(key="a", status="failed"))
@@ -137,14 +214,20 @@ def test_records_survive_a_cut_line(tmp_path):
   assert book.finished() == {"a"}
 
 
+def _effort():
+  return cells.Effort(
+    steps=1, cold_bytes=0, seconds=0.0, repeats=2, ahead=1, most_layers=1
+  )
+
+
 def test_bench_compares_in_one_run():
   (name,) = bench.select(["cpu_tiny"])
   limits = ceilings.Ceilings(
     read_gbps=10.0, copy_gbps=5.0, matmul_tflops=0.1
   )
-  rows = bench.run(
-    shapes.named()[name], ["xla", "dense", "cudnn"], ceilings=limits, steps=1,
-    cold_bytes=0, repeats=2, seconds=0.0, seed=0,
+  ((_, rows),) = bench.run(
+    [shapes.named()[name]], ["xla", "dense", "cudnn"],
+    ceilings=dict(float32=limits), efforts=dict(decode=_effort()), seed=0,
   )
   ours, dense, cudnn = rows
   assert ours["status"] == dense["status"] == "ok", rows
@@ -154,6 +237,71 @@ def test_bench_compares_in_one_run():
   assert cudnn["status"] == "unsupported"
   text = bench.table(shapes.named()[name], rows)
   assert "dense" in text and "cannot do a CPU" in text
+
+
+def test_bench_writes_where_the_slots_say(monkeypatch):
+  shape = _shape(phase="write", name="w")
+  limits = ceilings.Ceilings(
+    read_gbps=10.0, copy_gbps=5.0, matmul_tflops=0.1
+  )
+  run = lambda: next(bench.run(
+    [shape], ["xla", "triton", "dense"], ceilings=dict(float32=limits),
+    efforts=dict(write=_effort()), seed=0,
+  ))[1]
+  xla, triton, dense = run()
+  assert xla["status"] == triton["status"] == "ok", (xla, triton)
+  assert xla["median_us"] and "median_us" not in triton  # interpreted
+  assert dense["status"] == "unsupported"
+  assert xla["bytes"] == 4 * shape.num_tokens * 2 * 16 * 4
+  assert "w" in bench.table(shape, [xla, triton, dense])
+  write = write_kv.write_kv
+  monkeypatch.setattr(
+    write_kv, "write_kv",
+    lambda k_pages, v_pages, k, v, slots, **rest: write(
+      k_pages, v_pages, k, v, slots + 1, **rest
+    ),
+  )
+  assert run()[0]["status"] == "wrong"
+
+
+def test_mixed_is_held_against_its_parts_and_plots_are_drawn(tmp_path):
+  row = lambda name, us: dict(
+    name=name, implementation="hopper", median_us=us, phase="mixed",
+    num_kv_tokens=9, ceiling_fraction=0.5, limit_us=1.0, best_peer_us=2.0,
+    tflops=5.0, flops=10**7, matmul_tflops=800.0, device="some",
+  )
+  names = bench.select(["mixed"])
+  assert len(names) == 3
+  rows = [row(name, us) for name, us in zip(names, (60.0, 30.0, 20.0))]
+  assert "1.200 of the sum" in bench.sums_of_parts(rows)
+  assert not bench.sums_of_parts(rows[1:])
+  (path,) = bench_plot.plot(rows, tmp_path)
+  assert path.stat().st_size > 5000
+  decode = [row | dict(phase="decode") for row in rows]
+  assert len(bench_plot.plot(rows + decode, tmp_path)) == 2
+
+
+def test_a_gpu_is_timed_by_slopes(monkeypatch):
+  """Whatever a wait costs does not count."""
+  now, work, waits = [0.0], 0.004, 0.003
+  monkeypatch.setattr(timing.jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+  def wait(_):
+    now[0] += waits
+
+  monkeypatch.setattr(timing.jax, "block_until_ready", wait)
+
+  def call():
+    now[0] += work
+
+  got = timing.wall(dict(a=call), steps=8, repeats=3, seconds=0.0)["a"]
+  assert got.median_us == pytest.approx(1e6 * work / 8)
+
+
+def test_an_option_of_the_plan_is_one_of_plan_attention():
+  with pytest.raises(NotImplementedError, match="no four_wheels"):
+    programs.ours(_shape(), "xla+four_wheels")({})
 
 
 def test_bench_names_are_checked():
@@ -187,8 +335,6 @@ def test_captured_tensors_are_causal_and_packed_by_row():
 
 
 def test_timing_summarises_by_quartiles():
-  from experiments.common import timing
-
   got = timing.summarise([1.0, 2.0, 3.0, 4.0, 100.0])
   assert (got.median_us, got.iqr_us, got.repeats) == (3.0, 2.0, 5)
   calls = []
@@ -198,4 +344,4 @@ def test_timing_summarises_by_quartiles():
     repeats=3, seconds=0.0,
   )
   assert calls == ["a", "b"] * 3 and wall["a"].repeats == 3
-  assert timing.kernels(jax.jit(lambda x: x), jnp.ones(1)) is None
+  assert timing.kernels(lambda: jnp.ones(1)) is None
