@@ -263,6 +263,7 @@ def versions() -> dict[str, str]:
     python=platform.python_version(),
     jax=jax.__version__,
     jaxlib=importlib.metadata.version("jaxlib"),
+    xla_flags=os.environ.get("XLA_FLAGS", ""),
   )
 
 

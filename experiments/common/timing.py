@@ -6,15 +6,18 @@ Two clocks, and what each one sees:
              call: what a model feels (launch gaps count)
     kernels  CUPTI's times of the kernels alone, summed; GPU only
 
-A host clock around one call on a GPU measures the host: waking up after the
-wait takes up to milliseconds. So there a sample is a slope,
+A host clock around one call on a GPU measures the host: dispatching it and
+waking up after the wait take up to a millisecond. So there a sample is the
+pace of a pipeline. Some calls are always queued, the host waits for the oldest
+one and queues another, and
 
-    (time of 1 + n calls, one wait) - (time of 1 call, one wait)
-    -------------------------------------------------------------
-                                  n
-in which whatever a wait costs cancels.
+    (when call i + n was done - when call i was done) / n
+
+is what a call takes: each wake-up is late by about the same, and the GPU, which
+never idles, does not notice.
 """
 
+import collections
 from collections.abc import Callable, Mapping
 import dataclasses
 import time
@@ -27,8 +30,9 @@ try:
 except ImportError:  # a jaxlib without Mosaic GPU
   profiler = None
 
-_WINDOW = 0.04  # seconds of work in a slope, on a GPU
-_MAX_QUEUED = 60  # calls in flight before one wait
+_WINDOW = 0.06  # seconds of a sample on a GPU
+_QUEUED = 0.008  # seconds of work that are always queued
+_MOST = (20, 200)  # calls queued, calls of a sample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,8 +64,9 @@ def wall(
   """Times calls in turn, so that a busy moment of the host hits all alike.
 
   Args:
-    calls: by name; each queues one program and returns its outputs. They must
-      have run once before (compilation is not what is timed).
+    calls: by name; each queues one program and returns its outputs, which no
+      later call may donate. They must have run once before (compilation is not
+      what is timed).
     steps: units of work in a call; times are per step.
     repeats: least samples a call.
     seconds: time to spend on each call, at least.
@@ -70,34 +75,43 @@ def wall(
     Timing by name, per step.
   """
   on_gpu = jax.default_backend() != "cpu"
-  queued = dict.fromkeys(calls, 0)
+  sizes = dict.fromkeys(calls, (0, 0))  # queued calls, calls of a sample
   if on_gpu:
     for name, call in calls.items():
-      _elapsed(call, 1)
-      guess = _elapsed(call, 2) / 2
-      queued[name] = int(np.clip(np.ceil(_WINDOW / guess), 1, _MAX_QUEUED))
+      sizes[name] = _sizes(_pace(call, 1, 1))
+      queued, count = sizes[name]
+      sizes[name] = _sizes(_pace(call, queued, -(-count // 4)))
   samples = {name: [] for name in calls}
   end = time.perf_counter() + seconds * len(calls)
   rounds = 0
   while rounds < repeats or time.perf_counter() < end:
     for name, call in calls.items():
-      samples[name].append(_sample(call, queued[name]) * 1e6 / steps)
+      samples[name].append(_pace(call, *sizes[name]) * 1e6 / steps)
     rounds += 1
   return {name: summarise(values) for name, values in samples.items()}
 
 
-def _sample(call, more):
-  """Seconds of a call; of one among `more` that were queued behind it."""
-  one = _elapsed(call, 1)
-  return (_elapsed(call, 1 + more) - one) / more if more else one
+def _sizes(each):
+  return tuple(
+    int(np.clip(np.ceil(span / each), 1, most))
+    for span, most in zip((_QUEUED, _WINDOW), _MOST)
+  )
 
 
-def _elapsed(call, count):
-  start = time.perf_counter()
-  for _ in range(count):
-    output = call()  # earlier ones are freed: big outputs need not pile up
-  jax.block_until_ready(output)
-  return time.perf_counter() - start
+def _pace(call, queued, count):
+  """Seconds a call takes: of `count` with `queued` others behind, or alone."""
+  if not count:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+  pending, done = collections.deque(), []
+  for _ in range(2 * queued + count + 1):  # the first ones fill the queue
+    pending.append(call())
+    if len(pending) > queued:
+      jax.block_until_ready(pending.popleft())
+      done.append(time.perf_counter())
+  jax.block_until_ready(list(pending))
+  return (done[-1] - done[-1 - count]) / count
 
 
 def kernels(

@@ -107,20 +107,22 @@ class _Writer:
           k_pages, v_pages, k, v, slots, layer=jnp.int32(layer),
           implementation=implementation,
         )
-      return k_pages, v_pages
+      # An element that the next call will not take away: it can be waited for.
+      return k_pages, v_pages, k_pages[0, 0, 0, 0, 0]
 
     self._step = (
       jax.jit(step, donate_argnums=(0, 1)).lower(*self._pools, *args).compile()
     )
 
   def __call__(self):
-    self._pools = self._step(*self._pools, *self._args)
-    return self._pools
+    *self._pools, done = self._step(*self._pools, *self._args)
+    return done
 
   def wrong(self) -> int:
     """Returns how many elements are wrong after a step."""
     k, v, slots = self._args
-    pools = self()
+    self()
+    pools = self._pools
     token = np.full(pools[0].shape[1] * pools[0].shape[3], -1, np.int32)
     token[np.asarray(slots)] = np.arange(len(slots))
     return sum(

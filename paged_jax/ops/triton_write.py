@@ -23,8 +23,9 @@ from jaxtyping import Array, Float, Int
 from paged_jax.ops import backend
 from paged_jax.ops import triton_tiles as tl
 
-_ROWS = (16, 64)  # rows a program: of few tokens, of many
-_MANY_ROWS = 8192  # from here on the chip is full either way
+# Rows a program. On an H100 (K = 8, H = 128) 8 to 64 rows are within 0.5 us of
+# each other from one token to 8192.
+_ROWS = 32
 
 
 def write(
@@ -65,14 +66,13 @@ def write(
     )
   if not rows:
     raise NotImplementedError("no tokens: there is nothing to launch")
-  block = _ROWS[rows >= _MANY_ROWS]
   paired = slots.ndim == 2
 
   def kernel(k_ref, v_ref, slots_ref, layer_ref, *targets):
     targets = targets[len(pools) :]  # the outputs
     # Read here: the interpreter knows no program_id inside of `when`.
-    first, which = pl.program_id(0) * block, pl.program_id(1)
-    row = first + jnp.arange(block, dtype=jnp.int32)
+    first, which = pl.program_id(0) * _ROWS, pl.program_id(1)
+    row = first + jnp.arange(_ROWS, dtype=jnp.int32)
     token, head = _divide(row, num_kv_heads)
     of_pair = which * num_tokens if paired else 0
     slot = backend.load(slots_ref.at[of_pair + token], token < num_tokens, -1)
@@ -88,7 +88,7 @@ def write(
   out = backend.triton_call(
     kernel,
     name="write_kv",
-    grid=(-(-rows // block), 2),
+    grid=(-(-rows // _ROWS), 2),
     out_shape=[jax.ShapeDtypeStruct(x.shape, dtype) for x in flat],
     num_warps=4,
     num_stages=1,
