@@ -143,6 +143,30 @@ def test_head_sizes_off_the_tile(
     _same_bits(new, want)
 
 
+def test_a_gpu_takes_the_kernel_and_moves_on_where_it_cannot(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  names = []
+  for name in write_kv_lib.IMPLEMENTATIONS:
+    real = getattr(write_kv_lib, f"_{name}")
+
+    def spy(*args, name=name, real=real):
+      names.append(name)
+      return real(*args)
+
+    monkeypatch.setattr(write_kv_lib, f"_{name}", spy)
+  pool = jnp.zeros((P, K, p, H))
+  for num_tokens in (2, 0):  # nothing to launch for no tokens
+    rows = jnp.ones((num_tokens, K, H))
+    slots = jnp.arange(num_tokens, dtype=jnp.int32)
+    got, _ = paged_jax.write_kv(pool, pool, rows, rows, slots, interpret=True)
+    assert got.sum() == num_tokens * K * H
+  assert names == ["triton", "triton", "xla"]
+  with pytest.raises(NotImplementedError, match="no tokens"):
+    paged_jax.write_kv(
+      pool, pool, rows, rows, slots, implementation="triton", interpret=True
+    )
+
+
 def test_an_unknown_implementation_is_named():
   pool = jnp.zeros((P, K, p, H))
   rows, slots = jnp.zeros((1, K, H)), jnp.zeros(1, jnp.int32)
