@@ -2,11 +2,11 @@
 
 The work is cut into segments, a block of `rows` query tokens of one sequence,
 and each segment's keys into tiles of a few pages. Tiles of all segments form
-one flat list; W lanes walk it, each an equal and contiguous share, and a tile
-per lane and iteration is gathered from the pool and folded in:
+one flat list; W lanes walk it, each a contiguous share, equal to one tile, and
+a tile per lane and iteration is gathered from the pool and folded in:
 
     segments      0 0 0 0 0 1 2 2 2 2 2 2 3         tiles of ragged lengths
-    lanes (W=3)   0 0 0 0 0|1 1 1 1 1|2 2 2         ceil(13 / 3) iterations
+    lanes (W=3)   0 0 0 0|1 1 1 1|2 2 2 2 2         ceil(13 / 3) iterations
 
     m' = max(m, s)                            s: the tile's logits
     l' = l e^(m - m') + sum e^(s - m')
@@ -166,8 +166,9 @@ def _segments(inputs, segments, rows):
   tiles = jnp.where(some, -(-(high - page * p) // (c * p)), 0)
   ends = jnp.cumsum(tiles)
   firsts, total = ends - tiles, ends[-1]
-  share = (total + W - 1) // W  # tiles a lane
+  share = (total + W - 1) // W  # tiles a lane, or one less
   lane = jnp.arange(W)
+  lane_tiles = jnp.arange(W + 1) * total // W  # where each lane's tiles begin
   k_table = jnp.clip(inputs.k_table, 0, P - 1)
   v_table = jnp.clip(inputs.v_table, 0, P - 1) if inputs.combined else k_table
   # One row = one page of one head, contiguous; no layer is sliced out.
@@ -177,12 +178,14 @@ def _segments(inputs, segments, rows):
 
   def locate(i):
     """Where the lanes' i-th tiles lie: segment, position, rows, bounds."""
-    tile = lane * share + i
+    tile = lane_tiles[:-1] + i
     s = jnp.minimum(jnp.sum(ends <= tile[:, None], axis=-1), S - 1)
-    first = page[s] + (tile - firsts[s]) * c
+    mine = tile < lane_tiles[1:]
+    # A lane that is done reads one page again and again.
+    first = jnp.where(mine, page[s] + (tile - firsts[s]) * c, M - 1)
     columns = first[:, None] + jnp.arange(c)
     # A page's live slots are bounds[0] <= offset < bounds[1].
-    stop = jnp.where(tile < total, high[s], 0)
+    stop = jnp.where(mine, high[s], 0)
     bounds = (low[s][:, None] - columns * p, stop[:, None] - columns * p)
     entry = (sequence[s][:, None], jnp.minimum(columns, M - 1))
     layer_row = inputs.layer * (P * K) + jnp.arange(K)[:, None]
@@ -209,6 +212,7 @@ def _segments(inputs, segments, rows):
       return jnp.where((element >= start) & (element < stop), tile, 0)
 
     dead = jnp.any((bounds[0] > 0) | (bounds[1] < p))
+    # Only first and last tiles of a segment, and of lanes that are done, pay.
     k, v = lax.cond(
       dead, lambda *kv: tuple(map(zero_dead, kv)), lambda *kv: kv, k, v
     )
@@ -260,10 +264,12 @@ def _segments(inputs, segments, rows):
     jnp.zeros((*shape, H), dtype),
   )
   state, _ = lax.fori_loop(0, share, one_tile, (state, locate(0)))
-  first_row = firsts // jnp.maximum(share, 1) + jnp.arange(S)
-  last_row = (
-    jnp.maximum(ends - 1, firsts) // jnp.maximum(share, 1) + jnp.arange(S)
-  )
+
+  def row_of(tile):  # of each segment's `tile`: its lane + s
+    at_lane = ((tile + 1) * W - 1) // jnp.maximum(total, 1)
+    return jnp.minimum(at_lane, W - 1) + jnp.arange(S)
+
+  first_row, last_row = row_of(firsts), row_of(jnp.maximum(ends - 1, firsts))
   if W > 1:
     state = _merge_rows(state, first_row, last_row)
   m, l, o = (x[first_row] for x in state)
