@@ -64,7 +64,7 @@ def attend(
       inputs.query_starts,
       geometry,
       config,
-      sms * config.ctas_per_sm,
+      hopper_tuning.num_ctas(config, inputs.num_sequences, sms),
       inputs.max_pages,
     )
   return _attend(inputs, plan, interpret)
@@ -87,8 +87,11 @@ def make_plan(
   geometry: Geometry,
   *,
   batch_invariant: bool = False,
+  **overrides: Any,
 ) -> hopper_plan.Work | None:
   """Returns what all layers of a step share; None if there is nothing.
+
+  `overrides` are fields of hopper_tuning.Config, for tuning and tests.
 
   Raises:
     NotImplementedError: `attend` would refuse these calls.
@@ -102,13 +105,15 @@ def make_plan(
       M,
       decode=query_starts is None,
       batch_invariant=batch_invariant,
+      **overrides,
     )
   except hopper_tuning.TooFewRows:
     if batch_invariant:
       raise
     return None  # `attend` takes another kernel
   return hopper_plan.make_work(
-    lengths, query_starts, geometry, config, sms * config.ctas_per_sm, M
+    lengths, query_starts, geometry, config,
+    hopper_tuning.num_ctas(config, B, sms), M,
   )
 
 

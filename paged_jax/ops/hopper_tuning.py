@@ -125,7 +125,10 @@ def choose(
   B = _INVARIANT_B if batch_invariant else num_sequences
   given = dict(measured(g, B), **overrides)
   consumers = 2 if _token_rows(G) * Q > 64 and H <= 128 else 1
-  tile = given.get("tile", 64 if H > 128 or consumers == 2 else 128)
+  tile = 64 if H > 128 or consumers == 2 else 128
+  if B * K * max_pages * p <= _SMS * tile and not batch_invariant:
+    tile = 64  # longer ones would never be full
+  tile = given.get("tile", tile)
   kb = given.get("kb") or _bundle(g, tile, B)
   if tile % 64 or (kb > 1 and kb * p > tile) or K % kb:
     raise ValueError(
@@ -147,7 +150,7 @@ def choose(
     whole = decode and kb * G % 8 == 0 and _whole(g, B * K // kb, kb, max_pages)
     cut = given.get("cut", WHOLE if whole else EQUAL)
   step = min(p, tile // kb)
-  columns = H if cut == WHOLE else 32 if H % 32 == 0 else 16
+  columns = H if cut == WHOLE else math.gcd(H, 64)
   config = Config(
     tile=tile,
     stages=2,
@@ -193,6 +196,22 @@ def measured(geometry: Geometry, num_sequences: int) -> dict[str, Any]:
     if all(row[name] == value for name, value in key.items()):
       return row["set"]
   return {}
+
+
+def num_ctas(config: Config, num_sequences: int, sms: int) -> int:
+  """CTAs to launch: nearly as many as fit, cut where segments end if even.
+
+  Equal lengths are the common case; a CTA whose share crosses from one segment
+  into the next writes two results. Leaving a few multiprocessors idle costs
+  less (3 us of 185), for the memory is the limit.
+  """
+  most = sms * config.ctas_per_sm
+  if config.cut != EQUAL:
+    return most
+  segments = num_sequences * config.segments
+  return max(
+    range(most - most // 16, most + 1), key=lambda n: (math.gcd(n, segments), n)
+  )
 
 
 def few(geometry: Geometry, num_sequences: int) -> bool:
