@@ -143,7 +143,7 @@ def run(
         if shape.phase == "write":
           rows = writing.run(*args)
         else:
-          rows = _run(*args, job)
+          rows = _run(*args, pool, job)
         _compare(shape, rows)
         yield shape, [cells.plain(row) for row in rows]
   finally:
@@ -160,7 +160,7 @@ def _cell(shape, name):
   )
 
 
-def _run(group, effort, ceilings, seed, jobs):
+def _run(group, effort, ceilings, seed, pool, jobs):
   shape = group[0].shape
   layers = effort.layers(shape)
   source = problem_lib.RandomSource(seed)
@@ -168,6 +168,11 @@ def _run(group, effort, ceilings, seed, jobs):
     shape, layers=layers, source=source, seed=seed,
     write=jobs["write"].result(),
   )
+  for cell in group:
+    if cell.implementation in peers.NAMES:
+      jobs[cell.implementation] = pool.submit(
+        _peer, cell.implementation, problem, source, effort
+      )
   naive = jobs["naive"].result() if "naive" in jobs else None
   want, rounded = cells.truth(problem, jobs["exact"].result(), naive)
   rows, calls = [], {}
@@ -177,14 +182,9 @@ def _run(group, effort, ceilings, seed, jobs):
     row |= dict(steps=effort.steps, layers=layers)
     rows.append(row)
     try:
+      state, compiled = problem.state, jobs[name].result()
       if name in peers.NAMES:
-        state = peers.state(name, problem, source, layers)
-        program = programs.chain(
-          peers.prepare(name, shape), layers=layers, steps=effort.steps
-        )
-        compiled = program.lower(state, problem.query).compile()
-      else:
-        state, compiled = problem.state, jobs[name].result()
+        state, compiled = compiled
       first, _ = compiled(state, problem.query)
       verdict = verify.check(first, want, rounded, shape)
       row.update(dataclasses.asdict(verdict))
@@ -196,6 +196,7 @@ def _run(group, effort, ceilings, seed, jobs):
       row.update(status="unsupported", error=cells.one_line(error))
     except Exception as error:
       row.update(status="failed", error=cells.one_line(error))
+  futures.wait(list(jobs.values()))  # nothing compiles while times are taken
   model = timing.wall(
     calls, steps=effort.steps, repeats=effort.repeats, seconds=effort.seconds
   )
@@ -205,6 +206,16 @@ def _run(group, effort, ceilings, seed, jobs):
       row |= cells.timed(model[name], row)
       row |= cells.kernel_times(calls[name], effort)
   return rows
+
+
+def _peer(name, problem, source, effort):
+  """Returns (state, compiled chain); needs the arrays, so it is not ahead."""
+  layers = effort.layers(problem.shape)
+  state = peers.state(name, problem, source, layers)
+  program = programs.chain(
+    peers.prepare(name, problem.shape), layers=layers, steps=effort.steps
+  )
+  return state, program.lower(state, problem.query).compile()
 
 
 def _compare(shape, rows):

@@ -3,6 +3,10 @@
 A program writes the same tokens into every layer of one donated 5-D pool, as
 the layers of a model do, and hands the pool on to the next call. What is right
 is looked up the other way round: each slot asks which token it should hold.
+
+The new rows are read from L2, as in a model that has just computed them, and
+some megabytes of written ones stay there too: up to 2048 tokens or so a writer
+may be faster than the copy ceiling.
 """
 
 from collections.abc import Sequence
