@@ -207,9 +207,11 @@ def _copies(function, donated, *arrays):
     if made is None:
       continue
     size = np.prod([int(x) for x in made[1].split(",")])
-    # The CPU compiler wraps the scatter in a fusion of its own, in place.
-    scatter = made[2] == "fusion" and "scatter" in line
-    if size in sizes and made[2] not in _IN_PLACE and not scatter:
+    # The compiler wraps the scatter in a fusion of its own, in place; a kernel
+    # takes over the memory of an operand.
+    in_place = made[2] == "fusion" and "scatter" in line
+    in_place |= made[2] == "custom-call" and "operand_aliasing" in line
+    if size in sizes and made[2] not in _IN_PLACE and not in_place:
       found.append(line.strip()[:120])
   return found
 
