@@ -23,7 +23,10 @@ Attend = Callable[[Float[Array, "T N H"], int], Float[Array, "T N H"]]
 
 
 def ours(
-  shape: shapes.Shape, implementation: str, interpret: bool | None = None
+  shape: shapes.Shape,
+  implementation: str,
+  interpret: bool | None = None,
+  replan: Callable[[Any], Any] | None = None,
 ) -> Callable[[Any], Attend]:
   """Returns state -> attend for an implementation of `paged_attention`.
 
@@ -32,6 +35,7 @@ def ours(
     implementation: its name, or "name+option" where the plan is to be made
       with `option=True`, as in "hopper+batch_invariant".
     interpret: as in `paged_attention`.
+    replan: plan -> the plan to be used in its place.
   """
   implementation, *options = implementation.split("+")
 
@@ -55,6 +59,8 @@ def ours(
       implementation=implementation,
       **dict.fromkeys(options, True),
     )
+    if replan is not None:
+      plan = replan(plan)
 
     @jax.jit  # traced and lowered once, whatever the number of layers
     def one(state, plan, query, layer):

@@ -6,6 +6,7 @@ does is planned on the device, once a step (hopper_plan.py), in shapes that
 hopper_tuning.py chooses. What no tile fits is left to `triton`.
 """
 
+from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -87,11 +88,11 @@ def make_plan(
   geometry: Geometry,
   *,
   batch_invariant: bool = False,
-  **overrides: Any,
+  overrides: Mapping[str, Any] | None = None,
 ) -> hopper_plan.Work | None:
   """Returns what all layers of a step share; None if there is nothing.
 
-  `overrides` are fields of hopper_tuning.Config, for tuning and tests.
+  overrides: fields of hopper_tuning.Config in place of the table's, to tune.
 
   Raises:
     NotImplementedError: `attend` would refuse these calls.
@@ -105,7 +106,7 @@ def make_plan(
       M,
       decode=query_starts is None,
       batch_invariant=batch_invariant,
-      **overrides,
+      overrides=overrides,
     )
   except hopper_tuning.TooFewRows:
     if batch_invariant:

@@ -14,6 +14,7 @@ them) and save copies, page ids and segments; but every split of a bundle writes
 all its rows, so a small batch, which is split often, prefers small bundles.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 from importlib import resources
@@ -89,7 +90,7 @@ def choose(
   *,
   decode: bool = True,
   batch_invariant: bool = False,
-  **overrides: Any,
+  overrides: Mapping[str, Any] | None = None,
 ) -> Config:
   """Returns the kernel's shape for a geometry, B and M; measured or by rule.
 
@@ -100,7 +101,7 @@ def choose(
     decode: whether every sequence has exactly one query token.
     batch_invariant: whether a sequence's result may depend on nothing else, so
       that B and M must not matter here.
-    **overrides: fields of Config, in place of what was measured.
+    overrides: fields of Config, in place of what was measured.
 
   Raises:
     TooFewRows: pages of so few rows, or so many query rows, that no tile fits.
@@ -123,14 +124,15 @@ def choose(
   if G > 128:
     raise NotImplementedError(f"G={G} query heads a kv head: more than 128")
   B = _INVARIANT_B if batch_invariant else num_sequences
-  given = dict(measured(g, B), **overrides)
+  given = measured(g, B) if overrides is None else overrides
   consumers = 2 if _token_rows(G) * Q > 64 and H <= 128 else 1
   tile = 64 if H > 128 or consumers == 2 else 128
   if B * K * max_pages * p <= _SMS * tile and not batch_invariant:
     tile = 64  # longer ones would never be full
   tile = given.get("tile", tile)
   kb = given.get("kb") or _bundle(g, tile, B)
-  if tile % 64 or (kb > 1 and kb * p > tile) or K % kb:
+  step = min(p, tile // kb)
+  if tile % 64 or K % kb or (kb > 1 and step < p) or tile % (kb * step):
     raise ValueError(
       f"tile={tile}, kb={kb}: a tile takes a multiple of 64 rows, whole "
       f"bundles of pages of p={p}, and kb divides K={K}"
@@ -149,7 +151,6 @@ def choose(
   if not batch_invariant:
     whole = decode and kb * G % 8 == 0 and _whole(g, B * K // kb, kb, max_pages)
     cut = given.get("cut", WHOLE if whole else EQUAL)
-  step = min(p, tile // kb)
   columns = H if cut == WHOLE else math.gcd(H, 64)
   config = Config(
     tile=tile,
@@ -181,20 +182,31 @@ def _table() -> tuple[dict[str, Any], ...]:
   return tuple(json.loads(path.read_text())["rows"])
 
 
-def measured(geometry: Geometry, num_sequences: int) -> dict[str, Any]:
-  """Returns the overrides that were measured for a geometry, or none."""
-  g = geometry
-  key = dict(
-    H=g.head_dim,
-    G=g.num_heads // g.num_kv_heads,
-    page_size=g.page_size,
-    dtype=g.dtype,
-    window=g.window is not None,
-    few=few(g, num_sequences),
+def table_key(geometry: Geometry, num_sequences: int) -> dict[str, Any]:
+  """Returns the fields by which the table is looked up."""
+  return dict(
+    H=geometry.head_dim,
+    G=geometry.num_heads // geometry.num_kv_heads,
+    page_size=geometry.page_size,
+    dtype=geometry.dtype,
+    window=geometry.window is not None,
+    # So few rows that most are split over many CTAs.
+    few=num_sequences * geometry.num_kv_heads < _SMS // 2,
   )
+
+
+def measured(geometry: Geometry, num_sequences: int) -> dict[str, Any]:
+  """Returns the overrides that were measured for a geometry, or none.
+
+  A bundle that does not suit K or the number of queries is not taken.
+  """
+  key = table_key(geometry, num_sequences)
   for row in _table():
     if all(row[name] == value for name, value in key.items()):
-      return row["set"]
+      kb = row["set"].get("kb", 1)
+      rows = _token_rows(kb * key["G"]) * geometry.max_query_length
+      if geometry.num_kv_heads % kb == 0 and rows <= 64:
+        return row["set"]
   return {}
 
 
@@ -212,11 +224,6 @@ def num_ctas(config: Config, num_sequences: int, sms: int) -> int:
   return max(
     range(most - most // 16, most + 1), key=lambda n: (math.gcd(n, segments), n)
   )
-
-
-def few(geometry: Geometry, num_sequences: int) -> bool:
-  """Whether a batch has so few rows that most are split over many CTAs."""
-  return num_sequences * geometry.num_kv_heads < _SMS // 2
 
 
 def fixed_bytes(config: Config, head_dim: int) -> int:

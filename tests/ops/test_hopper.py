@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import paged_jax
-from paged_jax.ops import hopper, hopper_plan, hopper_tuning
+from paged_jax.ops import hopper_plan, hopper_tuning
 from paged_jax.ops.plan import Geometry
 from tests.conformance import data
 
@@ -43,7 +43,9 @@ GEOMETRY = Geometry(
 def test_shares_cover_every_page_once(cut, num_ctas, lengths, queries, window):
   queries = queries or (1,) * len(lengths)
   geometry = dataclasses.replace(GEOMETRY, window=window)
-  config = hopper_tuning.choose(geometry, len(lengths), 200, cut=cut)
+  config = hopper_tuning.choose(
+    geometry, len(lengths), 200, overrides=dict(cut=cut)
+  )
   config = dataclasses.replace(config, cut=cut, piece=3)
   starts = np.cumsum((0, *queries)).astype(np.int32)
   work = hopper_plan.make_work(
@@ -123,7 +125,7 @@ def test_short_segments_stay_whole(B, changes, cut):
 )
 def test_cuts_fall_on_the_ends_of_even_segments(B, K, want):
   geometry = dataclasses.replace(GEOMETRY, num_heads=8 * K, num_kv_heads=K)
-  config = hopper_tuning.choose(geometry, B, 512, kb=1)
+  config = hopper_tuning.choose(geometry, B, 512, overrides=dict(kb=1))
   assert hopper_tuning.num_ctas(config, B, 132) == want
 
 
@@ -174,6 +176,31 @@ def test_refuses(changes):
   geometry = dataclasses.replace(GEOMETRY, **changes)
   with pytest.raises(NotImplementedError):
     hopper_tuning.choose(geometry, 4, 10)
+
+
+@pytest.mark.parametrize(
+  "overrides",
+  [dict(tile=96), dict(kb=3), dict(tile=64, kb=8), dict(tile=192, kb=4)],
+)
+def test_tiles_hold_whole_bundles_of_pages(overrides):
+  geometry = dataclasses.replace(GEOMETRY, num_heads=32, num_kv_heads=8)
+  config = hopper_tuning.choose(geometry, 4, 10, overrides=dict(tile=192, kb=2))
+  assert (config.tile, config.copies) == (192, 6)
+  with pytest.raises(ValueError, match="tile="):
+    hopper_tuning.choose(
+      dataclasses.replace(geometry, page_size=32), 4, 10, overrides=overrides
+    )
+
+
+def test_the_table_of_measured_tiles_is_taken(monkeypatch):
+  geometry = dataclasses.replace(GEOMETRY, num_heads=16, num_kv_heads=4)
+  row = hopper_tuning.table_key(geometry, 64) | dict(set=dict(tile=192, kb=2))
+  monkeypatch.setattr(hopper_tuning, "_table", lambda: (row,))
+  assert hopper_tuning.choose(geometry, 64, 99).tile == 192
+  assert hopper_tuning.choose(geometry, 64, 99, overrides={}).tile == 128
+  assert hopper_tuning.choose(geometry, 2, 99).tile == 64
+  one = dataclasses.replace(geometry, num_heads=4, num_kv_heads=1)
+  assert hopper_tuning.choose(one, 640, 99).kb == 1
 
 
 @pytest.mark.skipif(
@@ -229,23 +256,6 @@ def test_kernels(name):
   made = data.problem(50, **settings)
   out, lse = data.call(made, "hopper")
   data.assert_right(made, out, lse)
-
-
-def _plan(made, **overrides):
-  """A plan whose kernel has the shape that `overrides` say."""
-  _, K, p, H = made.k_pages.shape
-  plan = paged_jax.plan_attention(
-    made.page_table, made.lengths, made.query_starts,
-    num_heads=made.query.shape[1], num_kv_heads=K, head_dim=H, page_size=p,
-    dtype=made.query.dtype, window=made.static.get("window"),
-    max_query_length=made.static.get("max_query_length", 1),
-    implementation="hopper",
-  )
-  work = hopper.make_plan(
-    plan.page_table, plan.lengths, plan.query_starts, plan.geometry,
-    **overrides
-  )
-  return dataclasses.replace(plan, work=work)
 
 
 @needs_interpreter
@@ -364,20 +374,26 @@ def test_a_pool_of_more_than_2_to_31_elements():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-  "changes, overrides",
+  "changes, batch_invariant",
   [
-    ({}, {}),
-    ({}, dict(batch_invariant=True)),
-    (dict(H=64, N=64, window=128, sinks=True), {}),  # whole segments
-    (dict(H=64, N=14, K=2), {}),
+    ({}, False),
+    ({}, True),
+    (dict(H=64, N=64, window=128, sinks=True), False),  # whole segments
+    (dict(H=64, N=14, K=2), False),
   ],
 )
-def test_1000_repetitions_are_bitwise_equal(changes, overrides):
+def test_1000_repetitions_are_bitwise_equal(changes, batch_invariant):
   settings = dict(N=32, K=8, H=128, p=16, dtype=jnp.bfloat16) | changes
   rng = np.random.default_rng(55)
   lengths = (0, 1, 8000, *rng.integers(1, 4000, 61).tolist())
   made = data.problem(55, lengths=lengths, **settings)
-  plan = _plan(made, **overrides)
+  _, K, p, H = made.k_pages.shape
+  plan = paged_jax.plan_attention(
+    made.page_table, made.lengths, num_heads=made.query.shape[1],
+    num_kv_heads=K, head_dim=H, page_size=p, dtype=made.query.dtype,
+    window=made.static.get("window"), implementation="hopper",
+    batch_invariant=batch_invariant,
+  )
   want = data.call(made, "hopper", plan=plan)
   data.assert_right(made, *want)
 
