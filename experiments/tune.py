@@ -52,7 +52,9 @@ def main(argv) -> int:
       continue
     for row in tuning.run([shape], effort, _SEED.value):
       log.append(row)
-      what = row.get("error") or f"{row['median_us']:9.1f} us"
+      what = row.get("error") or (
+        f"{row['us']:9.1f} us, model {row['median_us']:9.1f} us"
+      )
       print(f"  {json.dumps(row['set']):28}{what}"
             f"{row.get('ratio', 1):8.3f}", flush=True)
   table = dict(

@@ -198,11 +198,13 @@ def _kernel(inputs, c, interpret, *refs):
     )
 
 
-def _walk(c, sequences_ref, start, cta, begin, body):
+def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
   """Calls `body` for each stretch of this CTA's share of the line.
 
   begin(b, position) -> carry, for the first stretch;
-  body(stretch, carry) -> carry.
+  body(stretch, carry) -> carry;
+  ahead: whether a sequence's plan is read before the stretch that precedes it,
+  which costs registers; without, `next_begin` of a stretch is not set.
 
   Returns:
     The numbers of tiles and of stretches.
@@ -211,6 +213,9 @@ def _walk(c, sequences_ref, start, cta, begin, body):
 
   def first_unit(sequence, item):
     return item if equal else item * sequence[hopper_plan.PIECE]
+
+  def read(b):
+    return tuple(sequences_ref[b, i] for i in range(7 if equal else 10))
 
   def position(sequence, unit):
     return (sequence[hopper_plan.FIRST] + unit) * c.step
@@ -232,7 +237,7 @@ def _walk(c, sequences_ref, start, cta, begin, body):
     last = ended & (segment + 1 >= c.segments)
     next_b = jnp.where(last, sequence[hopper_plan.NEXT], b)
     # Issued now, needed after the tiles: their latency is hidden.
-    following = tuple(sequences_ref[next_b, i] for i in range(len(sequence)))
+    following = read(next_b) if ahead else None
     next_segment = jnp.where(last, 0, segment + 1)
     next_item = jnp.zeros_like(item)
     if not equal:
@@ -250,10 +255,12 @@ def _walk(c, sequences_ref, start, cta, begin, body):
         n=n,
         partial=partial,
         next_b=next_b,
-        next_begin=position(following, first_unit(following, next_item)),
+        next_begin=ahead
+        and position(following, first_unit(following, next_item)),
       ),
       carry,
     )
+    following = following or read(next_b)
     done += lax.div(count + (c.copies - 1), _i32(c.copies))
     left -= taken
     return left, next_b, next_segment, next_item, done, n + 1, following, carry

@@ -117,7 +117,8 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
     _write(inputs, c, place, wg, acc, lse, o_ref, lse_ref, o_smem, lse_smem)
     return ()
 
-  walk(lambda b, position: (), stretch)
+  # With H = 256 the accumulator leaves no registers to read ahead.
+  walk(lambda b, position: (), stretch, ahead=H < 256)
   mosaic.wait_smem_to_gmem(0)
 
 
@@ -183,14 +184,16 @@ def _seen(inputs, c, wg, s, sequence, position, low, high):
 
 def _zero_dead_rows(inputs, c, v_smem, low, high):
   """Zeroes the rows of a V tile outside positions low .. high - 1."""
-  step = c.step
+  step, H = c.step, inputs.head_dim
+  columns = 64 if H >= 192 else H  # few registers are left beside acc
   for i in range(c.tile // 64):
-    part = v_smem.at[pl.ds(i * 64, 64)]
-    at = _iota((64, inputs.head_dim), 0, mosaic.Layout.WGMMA) + i * 64
+    at = _iota((64, columns), 0, mosaic.Layout.WGMMA) + i * 64
     if c.kb > 1:
       at = (at >> _log2(c.kb * step)) * step + (at & (step - 1))
-    v = mosaic.load(part, layout=mosaic.Layout.WGMMA)
-    part[...] = jnp.where((at >= low) & (at < high), v, jnp.zeros_like(v))
+    for j in range(0, H, columns):
+      part = v_smem.at[pl.ds(i * 64, 64), pl.ds(j, columns)]
+      v = mosaic.load(part, layout=mosaic.Layout.WGMMA)
+      part[...] = jnp.where((at >= low) & (at < high), v, jnp.zeros_like(v))
   mosaic.commit_smem()
 
 
