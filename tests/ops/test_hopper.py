@@ -343,10 +343,23 @@ def test_batch_invariance_is_for_hopper_only():
     call()
   with pytest.raises(NotImplementedError, match="xla"):
     call(**known, implementation="xla")
+  with pytest.raises(ValueError, match="batch_invariant is 1"):
+    call(**known | dict(batch_invariant=1))
   with pytest.raises(NotImplementedError, match="8 rows"):
     if jax.__version_info__ < (0, 11):
       raise NotImplementedError("8 rows")
     call(**known | dict(num_kv_heads=1, page_size=4))
+
+
+@needs_interpreter
+def test_a_batch_invariant_plan_is_for_its_implementation():
+  made = data.problem(58, lengths=(3,), H=64, dtype=jnp.bfloat16)
+  plan = paged_jax.plan_attention(
+    made.page_table, made.lengths, num_heads=4, num_kv_heads=2, head_dim=64,
+    page_size=8, dtype=jnp.bfloat16, batch_invariant=True,
+  )
+  with pytest.raises(ValueError, match="xla"):
+    data.call(made, "xla", plan=plan)
 
 
 # --- on a GPU only ----------------------------------------------------------
