@@ -55,6 +55,7 @@ def ours(
       page_size=shape.page_size,
       dtype=shape.dtype,
       max_query_length=longest,
+      num_tokens=int(shape.query_lengths.sum()),
       window=shape.window,
       implementation=implementation,
       **dict.fromkeys(options, True),

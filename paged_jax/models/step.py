@@ -144,6 +144,7 @@ def _step(table, config, *, query_starts, lengths, **fields):
     page_size=table.page_size,
     dtype=config.dtype,
     max_query_length=fields["max_query_length"],
+    num_tokens=fields["positions"].shape[0],
     window=config.window,
     implementation=fields["implementation"],
   )

@@ -142,6 +142,7 @@ def plan_attention(
   page_size: int | None = None,
   dtype: Any = None,
   max_query_length: int | None = None,
+  num_tokens: int | None = None,
   causal: bool = True,
   window: int | None = None,
   batch_invariant: bool = False,
@@ -162,12 +163,13 @@ def plan_attention(
     page_size: p, tokens.
     dtype: dtype of query and pools.
     max_query_length: as in `paged_attention`; needed with query_starts.
+    num_tokens: T, for a shorter plan of a prefill step. None: unknown.
     causal: as in `paged_attention`.
     window: as in `paged_attention`.
     batch_invariant: whether the output bits of a sequence must depend on that
       sequence alone, not on what else is in the batch, nor on B: its work is
-      then split at places that its own length decides. Costs some speed; up to
-      `max_query_length` 8, by "hopper" only.
+      then split at places that its own length decides. Costs some speed up to
+      `max_query_length` 8, nothing beyond; by "hopper" only.
     implementation: as in `paged_attention`.
 
   Returns:
@@ -203,6 +205,7 @@ def plan_attention(
     head_dim=head_dim,
     page_size=page_size,
     max_query_length=max_query_length,
+    num_tokens=num_tokens,
     window=window,
   )
   for size_name, size in sizes.items():
@@ -227,7 +230,7 @@ def plan_attention(
         "batch_invariant needs num_heads, num_kv_heads, head_dim, page_size, "
         "dtype and max_query_length: pass all of them"
       )
-    options = dict(batch_invariant=True)
+    options["batch_invariant"] = True
     implementation = implementation or "hopper"
     if implementation != "hopper":
       raise NotImplementedError(
@@ -235,6 +238,8 @@ def plan_attention(
         "'hopper' can"
       )
   name = implementations.candidates(implementation)[0]
+  if name == "hopper":
+    options["num_tokens"] = num_tokens
   make = getattr(implementations.load(name), "make_plan", None)
   geometry = work = None
   if make is not None and all(x is not None for x in known):

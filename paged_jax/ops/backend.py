@@ -17,9 +17,13 @@ from typing import Any
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as mosaic
 from jax.experimental.pallas import triton as plt
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, memref, vector
 import jax.numpy as jnp
+import numpy as np
 
 # --- Triton -----------------------------------------------------------------
 
@@ -160,27 +164,143 @@ def mosaic_call(
   )
 
 
-def matmul(a: Any, b: Any, shape: tuple[int, int], interpret: bool) -> Any:
-  """Returns a @ b.T in float32, [64, n]; a [64, k] and b [n, k] in SMEM."""
+def tiled(columns: int, dtype: Any) -> tuple[Any, ...]:
+  """Layout of SMEM that TMA writes and WGMMA reads: 8-row tiles, swizzled."""
+  row_bytes = columns * jnp.dtype(dtype).itemsize
+  swizzle = next(s for s in (128, 64, 32) if row_bytes % s == 0)
+  tile = (8, swizzle // jnp.dtype(dtype).itemsize)
+  return (mosaic.TilingTransform(tile), mosaic.SwizzleTransform(swizzle))
+
+
+def matmul(
+  a: Any,
+  b: Any,
+  shape: tuple[int, int],
+  interpret: bool,
+  meanwhile: Callable[[], None] = lambda: None,
+) -> Any:
+  """Returns a @ b.T in float32, [64, n]; a [64, k] and b [n, k] in SMEM.
+
+  `meanwhile` is called when the product has been issued, before its end.
+  """
   if interpret:
-    return _simulated_dot(a[...], b[...].T)
+    product = _simulated_dot(a[...], b[...].T)
+    meanwhile()
+    return product
 
   def compute(acc):
     mosaic.wgmma(acc, a, b.transpose((1, 0)))
+    meanwhile()
     return acc[...]
 
   return pl.run_scoped(compute, mosaic.ACC(shape, jnp.float32))
 
 
-def matmul_add(acc: Any, a: Any, b: Any, interpret: bool) -> Any:
+def matmul_add(
+  acc: Any,
+  a: Any,
+  b: Any,
+  interpret: bool,
+  meanwhile: Callable[[], None] = lambda: None,
+) -> Any:
   """Returns acc + a @ b in float32; a in registers, b [k, n] in SMEM."""
   if interpret:
-    return acc + _simulated_dot(a, b[...])
+    product = _simulated_dot(a, b[...])
+    meanwhile()
+    return acc + product
 
   def compute(acc_ref):
     mosaic.wgmma(acc_ref, a, b)
+    meanwhile()
 
   return pl.run_state(compute)(mosaic.ACC.init(acc))
+
+
+def each_warp(body: Callable[..., None], interpret: bool) -> None:
+  """Calls body(warps=[w]) on each warp w of a warpgroup by itself.
+
+  Simulated, one caller does the work of all: body(warps=[0, 1, 2, 3]).
+  """
+  if interpret:
+    body(warps=list(range(4)))
+  else:
+    mosaic.warp_map(lambda warp: body(warps=[warp]))
+
+
+def set_max_registers(count: int, action: str, interpret: bool) -> None:
+  """Moves registers between warpgroups; some compilers ignore it."""
+  if not interpret:
+    mosaic.set_max_registers(count, action=action)
+
+
+def store_rows(
+  ref: Any, value: Any, rows: Any, columns: Any, interpret: bool
+) -> None:
+  """Stores rows of a WGMMA result into global memory, each to its own place.
+
+  Args:
+    ref: [R, C] in global memory.
+    value: [64, n] in WGMMA's layout, or one number a row, [64].
+    rows: int32 [64], target row; below 0: not stored.
+    columns: int32 [64], target of the first column.
+  """
+  if interpret:
+    width = value.shape[1:]
+
+    def one(i, _):
+      row, column = rows[i], columns[i]
+
+      @pl.when(row >= 0)
+      def _():
+        if width:
+          ref[row, pl.ds(column, width[0])] = value[i]
+        else:
+          ref[row, column] = value[i]
+
+      return 0
+
+    lax.fori_loop(0, value.shape[0], one, 0)
+    return
+  layout = mosaic.Layout.WGMMA
+  offsets = jnp.zeros_like(columns)
+  if value.ndim == 2:
+    rows, columns = (
+      lax.broadcast_in_dim(x, value.shape, [0]) for x in (rows, columns)
+    )
+    offsets = mosaic.broadcasted_iota(
+      jnp.int32, value.shape, 1, layout=layout
+    )
+  else:
+    layout = layout.reduce(1)
+  indices = [mosaic.layout_cast(x, layout) for x in (rows, columns, offsets)]
+
+  @mosaic.inline_mgpu(arg_types=(mosaic.RefType(), *[layout] * 4))
+  def store(ctx, ref, value, rows, columns, offsets):
+    del ctx
+    index = ir.IndexType.get()
+    zero = arith.constant(ir.IntegerType.get_signless(32), 0)
+
+    def first(register):  # of the neighbouring columns a register holds
+      if not isinstance(register.type, ir.VectorType):
+        return register
+      return vector.extract(register, [], [0])
+
+    by_row = {}  # a thread holds parts of a few rows
+    for at in np.ndindex(value.registers.shape):
+      by_row.setdefault(rows.registers[at], []).append(at)
+    for row, places in by_row.items():
+      row, base = first(row), first(columns.registers[places[0]])
+      with mgpu.when(arith.cmpi(arith.CmpIPredicate.sge, row, zero)):
+        for at in places:
+          column = arith.addi(base, first(offsets.registers[at]))
+          place = [arith.index_cast(index, x) for x in (row, column)]
+          register = value.registers[at]
+          if isinstance(register.type, ir.VectorType):
+            vector.store(register, ref, place)
+          else:
+            memref.store(register, ref, place)
+
+  store(ref, value, *indices)
 
 
 def wait_for_previous_kernel(interpret: bool) -> None:

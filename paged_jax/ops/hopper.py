@@ -1,9 +1,14 @@
-"""`hopper`: paged decode for sm_90 by Pallas Mosaic GPU.
+"""`hopper`: paged attention for sm_90 by Pallas Mosaic GPU.
 
-Two kernels: `paged_decode` (hopper_decode.py) computes partial results in equal
-shares, `paged_decode_merge` (hopper_merge.py) puts them together. What each CTA
-does is planned on the device, once a step (hopper_plan.py), in shapes that
-hopper_tuning.py chooses. What no tile fits is left to `triton`.
+Up to 8 query tokens a sequence, decode: `paged_decode` (hopper_decode.py)
+computes partial results in equal shares, `paged_decode_merge` (hopper_merge.py)
+puts them together. What each CTA does is planned on the device, once a step
+(hopper_plan.py), in shapes that hopper_tuning.py chooses.
+
+More, prefill: `paged_prefill` (hopper_prefill.py) walks a list of query tiles
+(hopper_prefill_plan.py); decode rows among them are tiles like the others.
+
+What no tile fits is left to `triton`.
 """
 
 from collections.abc import Mapping
@@ -17,6 +22,8 @@ from paged_jax.ops import (
   hopper_decode,
   hopper_merge,
   hopper_plan,
+  hopper_prefill,
+  hopper_prefill_plan,
   hopper_tuning,
   triton,
 )
@@ -24,10 +31,13 @@ from paged_jax.ops.inputs import Inputs
 from paged_jax.ops.plan import Geometry
 
 _INTERPRETED_CTAS = 3  # enough to split segments; the interpreter is slow
+_FEW_QUERIES = 8  # what the decode kernel takes
+
+Work = hopper_plan.Work | hopper_prefill_plan.Work
 
 
 def attend(
-  inputs: Inputs, *, plan: hopper_plan.Work | None, interpret: bool
+  inputs: Inputs, *, plan: Work | None, interpret: bool
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
   """Returns the attention output and the natural-log LSE of every token.
 
@@ -50,31 +60,29 @@ def attend(
     raise NotImplementedError("no query tokens, or no sequences")
   if plan is None:
     try:
-      config = hopper_tuning.choose(
+      plan = _make_work(
+        inputs.lengths,
+        None if inputs.decode else inputs.query_starts,
         geometry,
-        inputs.num_sequences,
         inputs.max_pages,
-        decode=inputs.decode,
+        sms,
+        num_tokens=inputs.num_tokens,
       )
     except hopper_tuning.TooFewRows:
       # A page of fewer than 8 rows cannot be copied, and more than 64 query
-      # rows of a kv head of H > 128 overflow the registers.
+      # rows of a kv head of H > 128 overflow the decode kernel's registers.
       return triton.attend(inputs, interpret=interpret)
-    plan = hopper_plan.make_work(
-      inputs.lengths,
-      inputs.query_starts,
-      geometry,
-      config,
-      hopper_tuning.num_ctas(config, inputs.num_sequences, sms),
-      inputs.max_pages,
-    )
-  return _attend(inputs, plan, interpret)
+  return _attend(inputs, plan, sms, interpret)
 
 
 # Jitted, so that layers of one shape are traced and lowered once (a second a
 # kernel), however often a model calls it.
-@functools.partial(jax.jit, static_argnums=2, inline=False)
-def _attend(inputs, plan, interpret):
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=False)
+def _attend(inputs, plan, sms, interpret):
+  if isinstance(plan, hopper_prefill_plan.Work):
+    return hopper_prefill.attend(
+      inputs, plan, num_ctas=sms, interpret=interpret
+    )
   partial, lse = hopper_decode.attend(inputs, plan, interpret=interpret)
   if plan.config.cut == hopper_tuning.WHOLE:
     return partial.reshape(inputs.query.shape), lse
@@ -87,24 +95,26 @@ def make_plan(
   query_starts: Int[Array, "B+1"] | None,
   geometry: Geometry,
   *,
+  num_tokens: int | None = None,
   batch_invariant: bool = False,
   overrides: Mapping[str, Any] | None = None,
-) -> hopper_plan.Work | None:
+) -> Work | None:
   """Returns what all layers of a step share; None if there is nothing.
 
+  num_tokens: T, which bounds the tiles of a prefill step; None: unknown.
   overrides: fields of hopper_tuning.Config in place of the table's, to tune.
 
   Raises:
     NotImplementedError: `attend` would refuse these calls.
   """
-  sms = _num_sms(interpret=None)
-  B, M = lengths.shape[0], page_table.shape[-1]
   try:
-    config = hopper_tuning.choose(
+    return _make_work(
+      lengths,
+      query_starts,
       geometry,
-      B,
-      M,
-      decode=query_starts is None,
+      page_table.shape[-1],
+      _num_sms(interpret=None),
+      num_tokens=num_tokens,
       batch_invariant=batch_invariant,
       overrides=overrides,
     )
@@ -112,9 +122,42 @@ def make_plan(
     if batch_invariant:
       raise
     return None  # `attend` takes another kernel
+
+
+def _make_work(
+  lengths,
+  query_starts,
+  geometry,
+  max_pages,
+  sms,
+  *,
+  num_tokens,
+  batch_invariant=False,
+  overrides=None,
+):
+  """The plan of the kernel that takes a step of this geometry."""
+  if geometry.max_query_length > _FEW_QUERIES:
+    # Every tile walks its own positions: batch-invariant as it is.
+    config = hopper_prefill_plan.choose(geometry, **(overrides or {}))
+    return hopper_prefill_plan.make_work(
+      lengths, query_starts, geometry, config, num_tokens
+    )
+  B = lengths.shape[0]
+  config = hopper_tuning.choose(
+    geometry,
+    B,
+    max_pages,
+    decode=query_starts is None,
+    batch_invariant=batch_invariant,
+    overrides=overrides,
+  )
   return hopper_plan.make_work(
-    lengths, query_starts, geometry, config,
-    hopper_tuning.num_ctas(config, B, sms), M,
+    lengths,
+    query_starts,
+    geometry,
+    config,
+    hopper_tuning.num_ctas(config, B, sms),
+    max_pages,
   )
 
 

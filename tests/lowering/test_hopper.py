@@ -48,6 +48,30 @@ WHOLE = {
 }
 
 
+# Many tokens a sequence.
+PREFILL = {
+  "prompts": (4, 640, 32, 8, 128, 16, "bfloat16", {}),
+  "T is no multiple of 8": (4, 333, 32, 8, 128, 16, "bfloat16", {}),
+  "G=7 H=64": (4, 640, 14, 2, 64, 16, "bfloat16", {}),
+  "G=3 f16 H=80 p=8": (2, 640, 6, 2, 80, 8, "float16", dict(causal=False)),
+  "G=1 H=96 p=32": (2, 640, 8, 8, 96, 32, "bfloat16", {}),
+  "H=192 p=256": (2, 640, 32, 8, 192, 256, "bfloat16", {}),
+  "H=256 p=64": (2, 640, 16, 8, 256, 64, "bfloat16", {}),
+  "G=128 p=128": (2, 640, 128, 1, 128, 128, "bfloat16", {}),
+  "G=71": (2, 640, 71, 1, 64, 16, "bfloat16", {}),
+  "everything": (2, 640, 64, 8, 64, 16, "bfloat16",
+                 dict(window=100, soft_cap=30.0, sinks=True, combined=True)),
+}
+
+
+@pytest.mark.parametrize("name", PREFILL)
+def test_prefill_lowers(name):
+  *sizes, static = PREFILL[name]
+  text = _lower(*sizes, max_query_length=500, **static)
+  assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
+  assert "paged_prefill_mosaic" in text
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_kernels_lower(name, batch_invariant):

@@ -1,0 +1,125 @@
+"""The fetching warpgroup of the Hopper prefill kernel.
+
+It runs ahead of the computing ones: waits until a slot is free, then copies the
+live pages of a KV tile there, K first, then (for an item's first tile) the
+queries, then V. Page ids are read one tile ahead, so that their latency hides
+behind the wait.
+"""
+
+import functools
+
+from jax import lax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+
+from paged_jax.ops import backend
+from paged_jax.ops import hopper_prefill_plan as plan
+from paged_jax.ops.backend import mosaic
+
+
+def fetch(inputs, c, walk, interpret, layer, sources, buffers, barriers, warps):
+  """Copies queries and live pages into shared memory, ahead of use.
+
+  Each warp of the warpgroup walks all items and makes every fourth copy: what a
+  copy costs, page id and arrival, is then paid four times in parallel.
+  """
+  q_ref, k_ref, v_ref, k_table, *v_table = sources
+  q_smem, k_smem, v_smem = buffers
+  q_full, q_free, k_full, v_full, k_free, v_free, *_ = barriers
+  p, M, H, step = inputs.page_size, inputs.max_pages, inputs.head_dim, c.step
+  K, G = inputs.num_kv_heads, inputs.group_size
+  most = max(heads for _, heads in c.kinds)
+
+  def each(count, do):
+    """Calls do(i) for this warp's share of 0 .. count - 1."""
+    for warp in warps:
+      for i in range(0, count, 4):
+        if count - i >= 4:
+          do(i + warp)
+        else:
+          pl.when(i + warp < count)(functools.partial(do, i + warp))
+
+  def shares(count):
+    return [i + warp for warp in warps for i in range(0, count, 4)]
+
+  def pages_at(b, position):
+    at = [
+      jnp.minimum(lax.div(position + j * step, _i32(p)), M - 1)
+      for j in shares(c.copies)
+    ]
+    k = tuple(k_table[b, i] for i in at)
+    return k, tuple(v_table[0][b, i] for i in at) if v_table else k
+
+  def queries(tile, kv_head, slot, tokens, heads):
+    first = tile[plan.TOKEN]
+    _, _, first_head, _ = plan.unpack(tile[plan.ROWS])
+
+    def one(j):
+      head = kv_head * G + jnp.minimum(first_head + j, G - 1)
+      mosaic.copy_gmem_to_smem(
+        q_ref.at[pl.ds(first, tokens), pl.ds(head * H, H)],
+        q_smem.at[slot, pl.ds(j * tokens, tokens)],
+        q_full.at[slot],
+      )
+
+    each(heads, one)
+    if most > heads:
+      each(most - heads, lambda _: mosaic.barrier_arrive(q_full.at[slot]))
+
+  def item(tile, kv_head, done, n):
+    b, begin = tile[plan.SEQUENCE], tile[plan.BEGIN]
+
+    def one_tile(i, pages):
+      position = (begin + i) * c.tile
+      slot = lax.rem(done + i, _i32(c.stages))
+      following = pages_at(b, position + c.tile)
+
+      def copy(pool, smem, full, free, ids):
+        ids = iter(ids)
+        _wait_if(done + i >= c.stages, free.at[slot])
+
+        def one(j):
+          at = position + j * step
+          live = (at + step > tile[plan.LOW]) & (at < tile[plan.LENGTH])
+          index = (layer * inputs.num_pages + next(ids)) * K + kv_head
+          source = pool.at[index]
+          if step < p:  # a tile is part of a page
+            source = pool.at[index, pl.ds(lax.rem(at, _i32(p)), step)]
+          target = smem.at[slot, pl.ds(j * step, step)]
+          backend.copy_if(live, source, target, full.at[slot], interpret)
+
+        each(c.copies, one)
+
+      copy(k_ref, k_smem, k_full, k_free, pages[0])
+
+      @pl.when(i == 0)
+      def _():
+        q_slot = lax.rem(n, _i32(c.query_slots))
+        _wait_if(n >= c.query_slots, q_free.at[q_slot])
+        *_, kind = plan.unpack(tile[plan.ROWS])
+        for k, (tokens, heads) in enumerate(c.kinds):
+          pl.when(kind == k)(
+            functools.partial(queries, tile, kv_head, q_slot, tokens, heads)
+          )
+
+      copy(v_ref, v_smem, v_full, v_free, pages[1])
+      return following
+
+    steps = tile[plan.END] - begin
+    lax.fori_loop(0, steps, one_tile, pages_at(b, begin * c.tile))
+
+  tiles, items = walk(item)
+  # Every phase of a barrier is seen by its waiter, the last ones too.
+  for free, uses in ((q_free, items), (k_free, tiles), (v_free, tiles)):
+    for i in range(c.query_slots if free is q_free else c.stages):
+      _wait_if(uses > i, free.at[i])
+
+
+def _wait_if(condition, barrier):
+  @pl.when(condition)
+  def _():
+    mosaic.barrier_wait(barrier)
+
+
+def _i32(x):
+  return jnp.array(x, jnp.int32)

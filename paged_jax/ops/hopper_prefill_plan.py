@@ -1,0 +1,207 @@
+"""The plan of a Hopper prefill step: tiles of queries, the longest ones first.
+
+A tile is 64 rows a computing warpgroup, filled by some query tokens of one
+sequence times some of the G query heads that share a kv head. There are two
+kinds, by the query tokens that a sequence has:
+
+    kind    tokens x heads        e.g. G = 7    for
+    long    128 x 1               128 x 1       prompts and chunks
+    short   as many heads as fit   16 x 7       decode rows and short chunks
+
+Packing heads is free where G is a power of two: then both kinds are the short
+one. A decode row in a batch of chunks costs one tile that reads its KV once.
+
+All tiles form one list, sorted by the KV tiles they walk; work item i is tile
+i // K for kv head i % K, and CTA c takes items c, c + ctas, ... in serpentine
+order. Long items come first, so what is left at the end is small.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from paged_jax.ops import hopper_tuning
+from paged_jax.ops.plan import Geometry
+
+# Columns of Work.tiles. A tile holds the tokens from `TOKEN` on, a multiple of
+# 8 since copies start there, the first at position `AT`. `ROWS` packs (see
+# `pack`) which of them are its own, from which head of the group on they are
+# computed, and the tile's kind. It walks KV tiles `BEGIN` .. `END` - 1 of
+# sequence `SEQUENCE`. Positions below `LOW` or not below `LENGTH` are dead.
+SEQUENCE, TOKEN, ROWS, AT, LENGTH, LOW, BEGIN, END = range(8)
+
+_SMEM_BYTES = 227 * 1024  # what a CTA may take on sm_90
+_RESERVED = 3072  # barriers, what the driver takes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Static shape of the prefill kernel for one geometry."""
+
+  tile: int  # positions of a KV tile
+  stages: int  # tiles of K and of V in flight
+  step: int  # positions that one copy brings: a page, or a tile of it
+  consumers: int  # computing warpgroups, 64 rows each
+  kinds: tuple[tuple[int, int], ...]  # (tokens, heads): long, short; or one
+  query_slots: int  # query tiles in flight
+  columns: int  # columns of the output staged in shared memory at once
+  registers: tuple[int, int]  # of a fetching thread, of a computing one
+
+  @property
+  def rows(self) -> int:
+    return 64 * self.consumers
+
+  @property
+  def copies(self) -> int:
+    return self.tile // self.step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+  """The list of tiles; `head` is (tiles in use, query tokens in use)."""
+
+  tiles: Int[Array, "tiles 8"]
+  head: Int[Array, "2"]
+  config: Config = dataclasses.field(metadata=dict(static=True))
+
+
+def choose(geometry: Geometry, **overrides: int) -> Config:
+  """Returns the kernel's shape for a geometry.
+
+  Raises:
+    NotImplementedError: the kernel cannot do this geometry.
+    hopper_tuning.TooFewRows: nor can it, for another kernel can.
+  """
+  g = geometry
+  H, p, G = g.head_dim, g.page_size, g.num_heads // g.num_kv_heads
+  if g.dtype not in ("bfloat16", "float16"):
+    raise NotImplementedError(f"dtype {g.dtype}: hopper does bf16 and f16")
+  if H not in (64, 80, 96, 128, 192, 256):
+    raise NotImplementedError(f"head dim H={H}: not 64, 80, 96, 128, 192, 256")
+  if p > 256 or p & (p - 1):
+    raise NotImplementedError(f"page size {p}: not a power of two up to 256")
+  if p < 8:
+    raise hopper_tuning.TooFewRows(
+      f"page size {p}: a copy needs 8 rows, and a tile is of one kv head"
+    )
+  consumers = overrides.get("consumers", 2)
+  rows = 64 * consumers
+  heads = min(G, rows // 8)
+  tokens = rows // heads
+  tokens = 1 << (tokens.bit_length() - 1)
+  short = (tokens, heads)
+  long = (rows, 1)
+  packed = tokens * heads == rows and G % heads == 0
+  if overrides.get("unpacked"):
+    packed = False
+  kinds = (short,) if packed else (long, short)
+  tile = overrides.get("tile", 128 if H <= 128 else 64)
+  columns = overrides.get("columns", min(H, 128) if H != 192 else 96)
+  query_slots = overrides.get("query_slots", 2 if H <= 128 else 1)
+  fixed = rows * (query_slots * H + columns) * 2 + _RESERVED
+  most = (_SMEM_BYTES - fixed) // (2 * tile * H * 2)
+  return Config(
+    tile=tile,
+    stages=overrides.get("stages", min(most, 4)),
+    step=min(p, tile),
+    consumers=consumers,
+    kinds=kinds,
+    query_slots=query_slots,
+    columns=columns,
+    # 128 threads fetch: a + 2 b is what the register file has for 384 threads.
+    registers=(40, 232) if H > 96 and len(kinds) == 1 else (56, 224),
+  )
+
+
+def make_work(
+  lengths: Int[Array, "B"],
+  query_starts: Int[Array, "B+1"],
+  geometry: Geometry,
+  config: Config,
+  num_tokens: int | None,
+) -> Work:
+  """Lists the tiles of a step; traceable.
+
+  Args:
+    lengths: int32 [B], KV tokens of each sequence.
+    query_starts: int32 [B+1].
+    geometry: static facts of the call.
+    config: shape of the kernel.
+    num_tokens: T, which bounds the list; None: unknown.
+  """
+  B, Q = lengths.shape[0], geometry.max_query_length
+  G, tile = geometry.num_heads // geometry.num_kv_heads, config.tile
+  starts, stops = query_starts[:-1], query_starts[1:]
+  queries = stops - starts
+  aligned = starts - starts % 8
+  span = jnp.where(queries > 0, stops - aligned, 0)
+
+  def num_tiles(kind):
+    tokens, heads = config.kinds[kind]
+    return -(-span // tokens) * -(-G // heads)
+
+  kind = jnp.zeros_like(span)
+  if len(config.kinds) > 1:
+    # A packed tile wastes rows; a long one does when it has few tokens.
+    kind = (num_tiles(1) < num_tiles(0)).astype(jnp.int32)
+  tokens, heads = (
+    jnp.array([k[i] for k in config.kinds], jnp.int32)[kind] for i in range(2)
+  )
+  groups = -(-G // heads)
+  counts = -(-span // tokens) * groups
+  ends = jnp.cumsum(counts, dtype=jnp.int32)
+  row = jnp.arange(_most_tiles(B, Q, G, config, num_tokens), dtype=jnp.int32)
+  b = (ends[None, :] <= row[:, None]).sum(axis=1, dtype=jnp.int32)
+  used, b = b < B, jnp.minimum(b, B - 1)
+  within = row - (ends - counts)[b]
+  first = aligned[b] + within // groups[b] * tokens[b]
+  start = jnp.maximum(starts[b] - first, 0)
+  stop = jnp.minimum(stops[b] - first, tokens[b])
+  at = lengths[b] - stops[b] + first
+  high = lengths[b]
+  low = tile_low = jnp.zeros_like(high)
+  if geometry.causal:
+    high = jnp.clip(at + stop, 0, high)
+  if geometry.window is not None:
+    low = jnp.maximum(lengths - queries - geometry.window + 1, 0)[b]
+    tile_low = jnp.maximum(at + start - geometry.window + 1, 0)
+  begin = tile_low // tile
+  end = jnp.maximum(-(-high // tile), begin)
+  columns = (
+    b,
+    first,
+    pack(start, stop, within % groups[b] * heads[b], kind[b]),
+    at,
+    lengths[b],
+    low,
+    begin,
+    end,
+  )
+  tiles = jnp.stack(columns, axis=1)
+  order = jnp.argsort(jnp.where(used, begin - end, 1))
+  head = jnp.stack([ends[-1], query_starts[-1]])
+  return Work(tiles=tiles[order], head=head, config=config)
+
+
+def pack(start, stop, head, kind):
+  """One int32: own tokens start .. stop - 1, first head of the group, kind."""
+  return start | stop << 8 | head << 16 | kind << 24
+
+
+def unpack(rows):
+  """Returns (start, stop, head, kind); see `pack`."""
+  return rows & 255, rows >> 8 & 255, rows >> 16 & 255, rows >> 24
+
+
+def _most_tiles(B, Q, G, config, num_tokens):
+  """A bound on the tiles of a step; a span is up to 7 tokens longer than Q."""
+  most = 0
+  for tokens, heads in config.kinds:
+    bound = B * -(-(Q + 7) // tokens)
+    if num_tokens is not None:
+      bound = min(bound, (num_tokens + 7 * B) // tokens + B)
+    most = max(most, bound * -(-G // heads))
+  return most

@@ -1,0 +1,75 @@
+"""What a warpgroup of the Hopper prefill kernel writes: output rows and LSE.
+
+Whole blocks of tokens leave through shared memory by TMA. Where a tile begins
+or ends amid a block, each row is stored by itself, for the rows around belong
+to other sequences.
+"""
+
+import functools
+
+from jax import lax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+
+from paged_jax.ops import backend
+from paged_jax.ops import hopper_prefill_plan as plan
+from paged_jax.ops.backend import mosaic
+
+
+def store(
+  inputs, c, interpret, wg, tile, kv_head, places, values, targets
+):
+  """Stores the rows of one warpgroup: by TMA where all are the tile's own."""
+  (token, head), (out, lse) = places, values
+  out_ref, lse_ref, o_smem = targets
+  H, G, columns = inputs.head_dim, inputs.group_size, c.columns
+  first = tile[plan.TOKEN]
+  start, stop, first_head, kind = plan.unpack(tile[plan.ROWS])
+  heads_left = G - first_head
+  first_head += kv_head * G
+  own = (token >= start) & (token < stop) & (head < heads_left)
+  for k, (_, heads) in enumerate(c.kinds):
+    own &= (head < heads) | (kind != k)
+  row = jnp.where(own, first + token, -1)
+  backend.store_rows(
+    lse_ref, lse, jnp.where(own, first_head + head, -1), first + token,
+    interpret,
+  )
+
+  def by_tma(tokens):
+    block = min(tokens, 64)
+    for j in range(0, H, columns):
+      # The copies of the last item, or columns, must have been read.
+      mosaic.wait_smem_to_gmem(0, wait_read_only=True)
+      o_smem[...] = out[:, j : j + columns]
+      mosaic.commit_smem()
+      for i in range(0, 64, block):
+        at = wg * 64 + i
+        to = first_head + lax.div(at, _i32(tokens))
+        rows = pl.ds(first + lax.rem(at, _i32(tokens)), block)
+        mosaic.copy_smem_to_gmem(
+          o_smem.at[pl.ds(i, block)],
+          out_ref.at[rows, pl.ds(to * H + j, columns)],
+        )
+
+  one_by_one = first >= 0
+  for k, (tokens, heads) in enumerate(c.kinds):
+    if inputs.num_tokens % 8:  # TMA would need the last rows of 8
+      break
+    offset = lax.rem(wg * 64, _i32(tokens))
+    whole = (kind == k) & (heads_left >= heads)
+    whole &= (start <= offset) & (stop >= offset + min(tokens, 64))
+    if heads * tokens < c.rows:
+      whole &= (wg + 1) * 64 <= heads * tokens
+    pl.when(whole)(functools.partial(by_tma, tokens))
+    one_by_one &= jnp.logical_not(whole)
+
+  @pl.when(one_by_one)
+  def _():
+    backend.store_rows(
+      out_ref, out, row, (first_head + head) * H, interpret
+    )
+
+
+def _i32(x):
+  return jnp.array(x, jnp.int32)

@@ -1,0 +1,150 @@
+"""The prefill kernel of `hopper`: its plan, and what packed tiles may break."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged_jax
+from paged_jax.ops import hopper_prefill_plan as plan_lib
+from paged_jax.ops.plan import Geometry
+from tests.conformance import data
+
+needs_interpreter = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason="hopper needs jax 0.11"
+)
+
+GEOMETRY = Geometry(
+  num_heads=6, num_kv_heads=2, head_dim=64, page_size=16, dtype="bfloat16",
+  max_query_length=600, causal=True, window=None, combined=False,
+)
+
+
+# --- the plan ---------------------------------------------------------------
+
+
+def _work(queries, lengths, num_tokens=None, **changes):
+  geometry = dataclasses.replace(GEOMETRY, **changes)
+  starts = np.cumsum((0, *queries)).astype(np.int32)
+  config = plan_lib.choose(geometry)
+  work = plan_lib.make_work(
+    jnp.array(lengths, jnp.int32), jnp.asarray(starts), geometry, config,
+    num_tokens,
+  )
+  listed = int(work.head[0])
+  return np.asarray(work.tiles)[:listed], config, starts, work
+
+
+@pytest.mark.parametrize("num_heads", [2, 6, 8, 14, 42])
+@pytest.mark.parametrize("known", [True, False])
+def test_tiles_hold_every_token_and_head_once(num_heads, known):
+  queries = (130, 1, 0, 77, 3, 600, 1, 1)
+  lengths = (400, 90, 5, 77, 3, 650, 1, 999)
+  T = sum(queries)
+  tiles, config, starts, work = _work(
+    queries, lengths, T if known else None, num_heads=num_heads
+  )
+  group = num_heads // 2
+  count = np.zeros((T, group), int)
+  for tile in tiles:
+    start, stop, head, kind = plan_lib.unpack(tile[plan_lib.ROWS])
+    tokens, heads = config.kinds[kind]
+    first = tile[plan_lib.TOKEN]
+    assert first % 8 == 0 and 0 <= start < stop <= tokens
+    b = tile[plan_lib.SEQUENCE]
+    assert starts[b] <= first + start and first + stop <= starts[b + 1]
+    at = lengths[b] - queries[b] + (first + start - starts[b])
+    assert tile[plan_lib.AT] + start == at
+    count[first + start : first + stop, head : head + heads] += 1
+  assert (count == 1).all()
+  assert int(work.head[1]) == T
+
+
+def test_tiles_walk_what_their_rows_see_longest_first():
+  tiles, config, _, _ = _work((300, 1), (1000, 700), window=200)
+  steps = tiles[:, plan_lib.END] - tiles[:, plan_lib.BEGIN]
+  assert (np.diff(steps) <= 0).all()
+  for tile in tiles:
+    start, stop, _, _ = plan_lib.unpack(tile[plan_lib.ROWS])
+    low = max(tile[plan_lib.AT] + start - 199, 0)
+    assert tile[plan_lib.BEGIN] == low // config.tile
+    assert tile[plan_lib.END] == -(-(tile[plan_lib.AT] + stop) // config.tile)
+
+
+def test_decode_rows_are_packed_and_long_prompts_are_not():
+  tiles, config, _, _ = _work((512, 1), (512, 4000), num_heads=14)
+  kinds = plan_lib.unpack(tiles[:, plan_lib.ROWS])[3]
+  assert config.kinds == ((128, 1), (16, 7))
+  assert (kinds == tiles[:, plan_lib.SEQUENCE]).all()
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [dict(dtype="float32"), dict(head_dim=32), dict(page_size=512)],
+)
+def test_refusals(changes):
+  with pytest.raises(NotImplementedError):
+    plan_lib.choose(dataclasses.replace(GEOMETRY, **changes))
+
+
+# --- the kernel, interpreted or native ---------------------------------------
+
+
+def _check(made, **more):
+  out, lse = data.call(made, "hopper", **more)
+  data.assert_right(made, out, lse)
+  return out, lse
+
+
+@needs_interpreter
+def test_mixed_batch_with_unaligned_starts():
+  """A chunk, decode rows, short prompts: every tile begins amid 8 rows."""
+  _check(data.problem(
+    1, query_lengths=(1, 3, 150, 1, 0, 20), lengths=(70, 3, 260, 129, 0, 31),
+    T=184, N=6, K=2, H=64, p=16, dtype=jnp.bfloat16, sinks=True,
+  ))
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "more",
+  [
+    dict(N=20, K=1, combined=True),  # 20 heads: two groups, one of 4
+    dict(N=2, K=2, window=70, soft_cap=4.0),
+    dict(N=4, K=1, causal=False, T=183),  # T is no multiple of 8
+  ],
+)
+def test_mixed_batch_variants(more):
+  _check(data.problem(
+    2, **dict(dict(query_lengths=(140, 1, 33), lengths=(300, 140, 33), H=64,
+                   p=16, dtype=jnp.float16), **more)
+  ))
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_a_plan_changes_no_bit_nor_does_the_batch():
+  made = data.problem(
+    3, query_lengths=(21, 1, 13), lengths=(40, 150, 13), N=4, K=2, H=64, p=16,
+    dtype=jnp.bfloat16, L=2,
+  )
+  want = data.call(made, "hopper", layer=jnp.int32(1))
+  geometry = dict(num_heads=4, num_kv_heads=2, head_dim=64, page_size=16,
+                  dtype=jnp.bfloat16, max_query_length=35)
+  for more in ({}, dict(num_tokens=35), dict(batch_invariant=True)):
+    plan = paged_jax.plan_attention(
+      made.page_table, made.lengths, made.query_starts,
+      implementation="hopper", **geometry, **more
+    )
+    assert plan.work is not None
+    got = data.call(made, "hopper", plan=plan, layer=jnp.int32(1))
+    data.assert_same_bits(got, want)
+  alone = made.replace(
+    query=made.query[22:], page_table=made.page_table[2:],
+    lengths=made.lengths[2:], query_starts=jnp.array([0, 13], jnp.int32),
+  )
+  out, lse = data.call(alone, "hopper", layer=jnp.int32(1))
+  data.assert_same_bits((out, lse), tuple(x[22:] for x in want))
