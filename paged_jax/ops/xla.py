@@ -113,10 +113,10 @@ def _blocks(inputs, starts, counts, rows) -> _Segments:
 def _tiling(inputs: Inputs, rows: int, segments: int) -> tuple[int, int]:
   """Returns (pages a tile, lanes): enough work an iteration, caches permitting.
 
-  On a CPU an iteration's keys stay in the caches: the first ones for a single
-  sequence, 2 MiB for several, which then take fewer iterations; one prefill
-  tile keeps the cores busy. On a GPU an iteration costs some ten launches, so
-  many lanes.
+  On a CPU an iteration's keys stay in the caches: 768 KiB for a single
+  sequence, whose full table is cut evenly; 2 MiB for several, which then take
+  fewer iterations; one prefill tile keeps the cores busy. On a GPU an iteration
+  costs some ten launches, so many lanes.
   """
   one_row, on_cpu = rows == 1, _on_cpu()
   tokens = 256
@@ -127,9 +127,13 @@ def _tiling(inputs: Inputs, rows: int, segments: int) -> tuple[int, int]:
   if one_row and on_cpu:
     token_bytes = inputs.num_kv_heads * inputs.head_dim
     token_bytes *= inputs.query.dtype.itemsize
-    cached = 2**19 if segments == 1 else 2**21
+    cached = 3 * 2**18 if segments == 1 else 2**21
     tokens = min(max(cached // (lanes * token_bytes), 32), 512)
     tokens = 1 << (tokens.bit_length() - 1)
+    if segments == 1:
+      most = max(1, tokens // inputs.page_size) * lanes  # pages an iteration
+      iterations = -(-inputs.max_pages // most)
+      tokens = -(-inputs.max_pages // (iterations * lanes)) * inputs.page_size
   pages = min(max(1, tokens // inputs.page_size), inputs.max_pages)
   return pages, min(lanes, segments * -(-inputs.max_pages // pages))
 
@@ -223,7 +227,7 @@ def _segments(inputs, segments, rows):
     position = position[:, None] + jnp.arange(c * p)
     logits = inputs.scale * jnp.einsum(
       "wkrh,wksh->wkrs",
-      query[s],
+      jnp.broadcast_to(query, (W, *query.shape[1:])) if S == 1 else query[s],
       k,
       precision="highest",
       preferred_element_type=dtype,
@@ -241,7 +245,8 @@ def _segments(inputs, segments, rows):
     mask = jnp.repeat(mask, G, axis=1)[:, None] if rows > 1 else mask[:, None]
     logits = jnp.where(mask, logits, -jnp.inf)
     row = lane + s
-    m, l, o = (x[row] for x in state)
+    # The lanes of a single segment have the rows in order.
+    m, l, o = state if S == 1 else (x[row] for x in state)
     new_m = jnp.maximum(m, logits.max(axis=-1))
     safe = jnp.where(jnp.isneginf(new_m), 0, new_m)
     weights = jnp.exp(logits - safe[..., None])
@@ -254,8 +259,10 @@ def _segments(inputs, segments, rows):
       precision="highest",
       preferred_element_type=dtype,
     )
-    state = tuple(x.at[row].set(y) for x, y in zip(state, (new_m, l, o)))
-    return state, locate(i + 1)
+    new = new_m, l, o
+    if S > 1:
+      new = tuple(x.at[row].set(y) for x, y in zip(state, new))
+    return new, locate(i + 1)
 
   shape = (W + S - 1, K, rows * G)
   state = (
