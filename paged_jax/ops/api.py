@@ -74,7 +74,7 @@ def paged_attention(
     return_lse: whether to return the natural-log LSE too, sinks included.
     plan: what `plan_attention` returned for this step, shared by all layers.
     implementation: "hopper", "triton", "xla" or "reference": that one runs or
-      raises. None: the fastest that can.
+      raises. None: the fastest that can, but first what the plan has work for.
     interpret: whether Pallas kernels are interpreted. None: natively on a GPU,
       interpreted elsewhere.
 
@@ -118,7 +118,7 @@ def paged_attention(
       implementation = plan.implementation
   interpret = implementations.resolve_interpret(interpret)
   refusals = []
-  for name in implementations.candidates(implementation):
+  for name in _candidates(implementation, plan):
     module = implementations.load(name)
     has_work = plan is not None and plan.implementation == name
     work = plan.work if has_work else None
@@ -146,6 +146,7 @@ def plan_attention(
   causal: bool = True,
   window: int | None = None,
   batch_invariant: bool = False,
+  shared_prefix: bool = False,
   implementation: str | None = None,
 ) -> plan_lib.AttentionPlan:
   """Makes what all layers of one step share: work balanced over the chip.
@@ -170,6 +171,14 @@ def plan_attention(
       sequence alone, not on what else is in the batch, nor on B: its work is
       then split at places that its own length decides. Costs some speed up to
       `max_query_length` 8, nothing beyond; by "hopper" only.
+    shared_prefix: whether pages that all rows with queries begin with (the same
+      ids in the first columns) are to be read once for all of them, and the
+      results merged. How many there are is found in the table, on the device.
+      Worth it for many rows, few queries each, over 256 such tokens or more;
+      costs a little where there are fewer. Results are right either way, but
+      not the bits of a plan without. Done by "hopper" in bfloat16 and
+      float16, without a window; other implementations ignore it. Automatic
+      choice takes "hopper" for it where it can.
     implementation: as in `paged_attention`.
 
   Returns:
@@ -177,7 +186,8 @@ def plan_attention(
 
   Raises:
     ValueError: an argument does not fit.
-    NotImplementedError: the implementation cannot do it (batch_invariant).
+    NotImplementedError: the named implementation cannot do it
+      (batch_invariant; shared_prefix on "hopper").
   """
   combined = getattr(page_table, "ndim", None) == 3
   axes = ("B", "2", "M") if combined else ("B", "M")
@@ -219,17 +229,22 @@ def plan_attention(
   known = (
     num_heads, num_kv_heads, head_dim, page_size, dtype, max_query_length
   )
-  if not isinstance(batch_invariant, bool):
+  wanted = dict(batch_invariant=batch_invariant, shared_prefix=shared_prefix)
+  for option, value in wanted.items():
+    if not isinstance(value, bool):
+      raise ValueError(f"{option} is {value!r}: pass True or False")
+    if value and any(x is None for x in known):
+      raise ValueError(
+        f"{option} needs num_heads, num_kv_heads, head_dim, page_size, dtype "
+        "and max_query_length: pass all of them"
+      )
+  if batch_invariant and shared_prefix:
     raise ValueError(
-      f"batch_invariant is {batch_invariant!r}: pass True or False"
+      "shared_prefix is True with batch_invariant=True: what is shared, and so "
+      "the bits of a row, depends on the other rows; drop one of the two"
     )
   options = {}
   if batch_invariant:
-    if any(x is None for x in known):
-      raise ValueError(
-        "batch_invariant needs num_heads, num_kv_heads, head_dim, page_size, "
-        "dtype and max_query_length: pass all of them"
-      )
     options["batch_invariant"] = True
     implementation = implementation or "hopper"
     if implementation != "hopper":
@@ -237,9 +252,12 @@ def plan_attention(
         f"batch_invariant with implementation {implementation!r}: only "
         "'hopper' can"
       )
-  name = implementations.candidates(implementation)[0]
+  names = implementations.candidates(implementation)
+  name = "hopper" if shared_prefix and "hopper" in names else names[0]
   if name == "hopper":
     options["num_tokens"] = num_tokens
+    if shared_prefix:
+      options["shared_prefix"] = True
   make = getattr(implementations.load(name), "make_plan", None)
   geometry = work = None
   if make is not None and all(x is not None for x in known):
@@ -269,6 +287,14 @@ def plan_attention(
     geometry=geometry,
     batch_invariant=batch_invariant,
   )
+
+
+def _candidates(implementation, plan):
+  """The names to try in order; the one that the plan has work for first."""
+  names = implementations.candidates(implementation)
+  if plan is None or plan.work is None or plan.implementation not in names:
+    return names
+  return plan.implementation, *(x for x in names if x != plan.implementation)
 
 
 def _geometry(inputs: inputs_lib.Inputs) -> plan_lib.Geometry:

@@ -8,6 +8,9 @@ puts them together. What each CTA does is planned on the device, once a step
 More, prefill: `paged_prefill` (hopper_prefill.py) walks a list of query tiles
 (hopper_prefill_plan.py); decode rows among them are tiles like the others.
 
+A plan with `shared_prefix`: both, the prefill kernel for the pages that all
+rows begin with (hopper_shared.py).
+
 What no tile fits is left to `triton`.
 """
 
@@ -24,6 +27,7 @@ from paged_jax.ops import (
   hopper_plan,
   hopper_prefill,
   hopper_prefill_plan,
+  hopper_shared,
   hopper_tuning,
   triton,
 )
@@ -33,7 +37,7 @@ from paged_jax.ops.plan import Geometry
 _INTERPRETED_CTAS = 3  # enough to split segments; the interpreter is slow
 _FEW_QUERIES = 8  # what the decode kernel takes
 
-Work = hopper_plan.Work | hopper_prefill_plan.Work
+Work = hopper_plan.Work | hopper_prefill_plan.Work | hopper_shared.Work
 
 
 def attend(
@@ -79,6 +83,14 @@ def attend(
 # kernel), however often a model calls it.
 @functools.partial(jax.jit, static_argnums=(2, 3), inline=False)
 def _attend(inputs, plan, sms, interpret):
+  if isinstance(plan, hopper_shared.Work):
+    return hopper_shared.attend(
+      inputs,
+      plan,
+      lambda own, work: _attend(own, work, sms, interpret),
+      num_ctas=sms,
+      interpret=interpret,
+    )
   if isinstance(plan, hopper_prefill_plan.Work):
     return hopper_prefill.attend(
       inputs, plan, num_ctas=sms, interpret=interpret
@@ -97,29 +109,49 @@ def make_plan(
   *,
   num_tokens: int | None = None,
   batch_invariant: bool = False,
+  shared_prefix: bool = False,
+  least_shared: int = hopper_shared.LEAST_TOKENS,
   overrides: Mapping[str, Any] | None = None,
 ) -> Work | None:
   """Returns what all layers of a step share; None if there is nothing.
 
   num_tokens: T, which bounds the tiles of a prefill step; None: unknown.
+  shared_prefix: whether pages that all rows begin with are to be read once.
+  least_shared: tokens; a shorter prefix counts as none.
   overrides: fields of hopper_tuning.Config in place of the table's, to tune.
 
   Raises:
     NotImplementedError: `attend` would refuse these calls.
   """
-  try:
+  sms = _num_sms(interpret=None)
+
+  def make_work(lengths):
     return _make_work(
       lengths,
       query_starts,
       geometry,
       page_table.shape[-1],
-      _num_sms(interpret=None),
+      sms,
       num_tokens=num_tokens,
       batch_invariant=batch_invariant,
       overrides=overrides,
     )
+
+  try:
+    if not shared_prefix:
+      return make_work(lengths)
+    return hopper_shared.make_work(
+      page_table,
+      lengths,
+      query_starts,
+      geometry,
+      make_work,
+      num_ctas=sms,
+      num_tokens=num_tokens,
+      least_tokens=least_shared,
+    )
   except hopper_tuning.TooFewRows:
-    if batch_invariant:
+    if batch_invariant or shared_prefix:
       raise
     return None  # `attend` takes another kernel
 

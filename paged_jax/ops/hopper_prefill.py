@@ -48,13 +48,20 @@ from paged_jax.ops.inputs import Inputs
 
 def attend(
   inputs: Inputs, work: plan_lib.Work, *, num_ctas: int, interpret: bool
-) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
-  """Returns the attention output and the natural-log LSE of every token."""
+) -> tuple[Float[Array, "*S T N H"], Float[Array, "*S T N"]]:
+  """Returns the attention output and the natural-log LSE of every token.
+
+  With `splits` in the plan's config: those of each split, in float32, where
+  rows of tokens that the plan does not list are whatever they were.
+  """
   c, (T, N, H) = work.config, inputs.query.shape
   dtype = inputs.query.dtype
   tables = [inputs.k_table] + ([inputs.v_table] if inputs.combined else [])
   sinks = () if inputs.sinks is None else (inputs.sinks,)
   tiled = backend.tiled(H, dtype)
+  out_dtype, out_rows = dtype, c.out_rows(T)
+  if c.splits:
+    out_dtype, out_rows = jnp.float32, c.splits * out_rows
   barrier = mosaic.Barrier
   stage = mosaic.SMEM((c.stages, c.tile, H), dtype, transforms=tiled)
   kernel = backend.mosaic_call(
@@ -63,15 +70,17 @@ def attend(
     grid=(num_ctas,),
     grid_names=("cta",),
     out_shape=(
-      jax.ShapeDtypeStruct((T, N * H), dtype),
-      jax.ShapeDtypeStruct((N, T), jnp.float32),
+      jax.ShapeDtypeStruct((out_rows, N * H), out_dtype),
+      jax.ShapeDtypeStruct((N, out_rows), jnp.float32),
     ),
     scratch=(
       mosaic.SMEM((c.query_slots, c.rows, H), dtype, transforms=tiled),
       stage,
       stage,
       mosaic.SMEM(
-        (c.rows, c.columns), dtype, transforms=backend.tiled(c.columns, dtype)
+        (c.rows, c.columns),
+        out_dtype,
+        transforms=backend.tiled(c.columns, out_dtype),
       ),
       barrier(
         num_arrivals=max(heads for _, heads in c.kinds),
@@ -105,6 +114,9 @@ def attend(
     *tables,
     *sinks,
   )
+  if c.splits:
+    lse = lse.reshape(N, c.splits, -1).transpose(1, 2, 0)
+    return out.reshape(c.splits, -1, N, H)[:, :T], lse[:, :T]
   return out.reshape(T, N, H), lse.T
 
 
@@ -182,7 +194,7 @@ def _walk(inputs, c, num_ctas, cta, tiles_ref, head_ref, body):
   def read(i):
     row = lax.div(i, _i32(K))
     last = jnp.maximum(jnp.minimum(row, tiles_ref.shape[0] - 1), 0)
-    tile = [tiles_ref[last, j] for j in range(plan_lib.END + 1)]
+    tile = [tiles_ref[last, j] for j in range(tiles_ref.shape[1])]
     # Behind the list: tokens that no sequence owns, "of length -1".
     z = row - listed
     first = aligned + lax.div(z, _i32(groups)) * tokens

@@ -65,7 +65,7 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
       tile,
       kv_head,
       (token, head),
-      (out.astype(dtype), lse),
+      (out.astype(out_ref.dtype), lse),
       (out_ref, lse_ref, o_smem),
     )
 

@@ -30,7 +30,8 @@ from paged_jax.ops.plan import Geometry
 # `pack`) which of them are its own, from which head of the group on they are
 # computed, and the tile's kind. It walks KV tiles `BEGIN` .. `END` - 1 of
 # sequence `SEQUENCE`. Positions below `LOW` or not below `LENGTH` are dead.
-SEQUENCE, TOKEN, ROWS, AT, LENGTH, LOW, BEGIN, END = range(8)
+# `SPLIT` is there with Config.splits only: which of the partials it writes.
+SEQUENCE, TOKEN, ROWS, AT, LENGTH, LOW, BEGIN, END, SPLIT = range(9)
 
 _SMEM_BYTES = 227 * 1024  # what a CTA may take on sm_90
 _RESERVED = 3072  # barriers, what the driver takes
@@ -48,6 +49,8 @@ class Config:
   query_slots: int  # query tiles in flight
   columns: int  # columns of the output staged in shared memory at once
   registers: tuple[int, int]  # of a fetching thread, of a computing one
+  # Float32 partials of each token, by parts of the KV; 0: none, but the output.
+  splits: int = 0
 
   @property
   def rows(self) -> int:
@@ -57,13 +60,20 @@ class Config:
   def copies(self) -> int:
     return self.tile // self.step
 
+  def out_rows(self, num_tokens: int) -> int:
+    """Token rows of the output, or of one split's partials: whole tiles."""
+    if not self.splits:
+      return num_tokens
+    tokens, _ = self.kinds[-1]
+    return -(-num_tokens // tokens) * tokens
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
   """The list of tiles; `head` is (tiles in use, query tokens in use)."""
 
-  tiles: Int[Array, "tiles 8"]
+  tiles: Int[Array, "tiles 8"] | Int[Array, "tiles 9"]
   head: Int[Array, "2"]
   config: Config = dataclasses.field(metadata=dict(static=True))
 

@@ -30,6 +30,8 @@ def store(
   own = (token >= start) & (token < stop) & (head < heads_left)
   for k, (_, heads) in enumerate(c.kinds):
     own &= (head < heads) | (kind != k)
+  if c.splits:
+    first += tile[plan.SPLIT] * c.out_rows(inputs.num_tokens)
   row = jnp.where(own, first + token, -1)
   backend.store_rows(
     lse_ref, lse, jnp.where(own, first_head + head, -1), first + token,
@@ -54,7 +56,7 @@ def store(
 
   one_by_one = first >= 0
   for k, (tokens, heads) in enumerate(c.kinds):
-    if inputs.num_tokens % 8:  # TMA would need the last rows of 8
+    if out_ref.shape[0] % 8:  # TMA would need the last rows of 8
       break
     offset = lax.rem(wg * 64, _i32(tokens))
     whole = (kind == k) & (heads_left >= heads)

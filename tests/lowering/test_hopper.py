@@ -82,6 +82,29 @@ def test_kernels_lower(name, batch_invariant):
     assert kernel in text
 
 
+# Rows that begin alike: the prefix by the prefill kernel, the rest as ever.
+SHARED = {
+  "decode": (64, None, 32, 8, 128, 16, "bfloat16", dict(M=530)),
+  "G=3 H=80": (64, None, 6, 2, 80, 16, "float16", dict(combined=True)),
+  "H=96 p=64": (64, None, 8, 8, 96, 64, "bfloat16", dict(sinks=True)),
+  "G=7 H=192": (64, None, 14, 2, 192, 32, "bfloat16", {}),
+  "H=256, few tokens": (4, 21, 16, 8, 256, 16, "bfloat16",
+                        dict(max_query_length=8, soft_cap=30.0)),
+  "H=64, many tokens": (4, 333, 14, 2, 64, 8, "bfloat16",
+                        dict(max_query_length=100, causal=False)),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_prefixes_lower(name):
+  *sizes, static = SHARED[name]
+  text = _lower(*sizes, shared_prefix=True, **static)
+  decode = static.get("max_query_length", 1) <= 8
+  assert text.count("stablehlo.custom_call @mosaic_gpu") == 2 + decode
+  assert "paged_prefill_mosaic" in text
+  assert ("paged_decode_mosaic" in text) == decode
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_kernels_of_whole_segments_lower(name):
   text = _lower(*WHOLE[name][:7], **WHOLE[name][7])
@@ -95,18 +118,20 @@ def test_layers_share_one_lowering():
 
 
 def _lower(B, T, N, K, H, p, dtype, *, layers=1, M=40, sinks=False,
-           combined=False, batch_invariant=False, **static):
+           combined=False, batch_invariant=False, shared_prefix=False,
+           **static):
   def shape(*sizes, dtype=dtype):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
   def run(query, pool, table, lengths, starts, sinks):
     plan = None
-    if batch_invariant:
+    if batch_invariant or shared_prefix:
       plan = paged_jax.plan_attention(
         table, lengths, starts, num_heads=N, num_kv_heads=K, head_dim=H,
         page_size=p, dtype=dtype, window=static.get("window"),
-        causal=static.get("causal", True), batch_invariant=True,
+        causal=static.get("causal", True), batch_invariant=batch_invariant,
         max_query_length=static.get("max_query_length", 1),
+        shared_prefix=shared_prefix, implementation="hopper",
       )
     for layer in range(layers):
       query = paged_jax.paged_attention(
