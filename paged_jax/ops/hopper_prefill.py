@@ -60,8 +60,10 @@ def attend(
   sinks = () if inputs.sinks is None else (inputs.sinks,)
   tiled = backend.tiled(H, dtype)
   out_dtype, out_rows = dtype, c.out_rows(T)
+  lse_shape = (N, out_rows)  # neighbours are stored together
   if c.splits:
     out_dtype, out_rows = jnp.float32, c.splits * out_rows
+    lse_shape = (out_rows, N)  # as the merge wants it
   barrier = mosaic.Barrier
   stage = mosaic.SMEM((c.stages, c.tile, H), dtype, transforms=tiled)
   kernel = backend.mosaic_call(
@@ -71,7 +73,7 @@ def attend(
     grid_names=("cta",),
     out_shape=(
       jax.ShapeDtypeStruct((out_rows, N * H), out_dtype),
-      jax.ShapeDtypeStruct((N, out_rows), jnp.float32),
+      jax.ShapeDtypeStruct(lse_shape, jnp.float32),
     ),
     scratch=(
       mosaic.SMEM((c.query_slots, c.rows, H), dtype, transforms=tiled),
@@ -115,8 +117,8 @@ def attend(
     *sinks,
   )
   if c.splits:
-    lse = lse.reshape(N, c.splits, -1).transpose(1, 2, 0)
-    return out.reshape(c.splits, -1, N, H)[:, :T], lse[:, :T]
+    out = out.reshape(c.splits, -1, N, H)[:, :T]
+    return out, lse.reshape(c.splits, -1, N)[:, :T]
   return out.reshape(T, N, H), lse.T
 
 
@@ -194,7 +196,7 @@ def _walk(inputs, c, num_ctas, cta, tiles_ref, head_ref, body):
   def read(i):
     row = lax.div(i, _i32(K))
     last = jnp.maximum(jnp.minimum(row, tiles_ref.shape[0] - 1), 0)
-    tile = [tiles_ref[last, j] for j in range(tiles_ref.shape[1])]
+    tile = [tiles_ref[last, j] for j in range(plan_lib.END + 1)]
     # Behind the list: tokens that no sequence owns, "of length -1".
     z = row - listed
     first = aligned + lax.div(z, _i32(groups)) * tokens

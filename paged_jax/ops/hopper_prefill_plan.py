@@ -30,8 +30,7 @@ from paged_jax.ops.plan import Geometry
 # `pack`) which of them are its own, from which head of the group on they are
 # computed, and the tile's kind. It walks KV tiles `BEGIN` .. `END` - 1 of
 # sequence `SEQUENCE`. Positions below `LOW` or not below `LENGTH` are dead.
-# `SPLIT` is there with Config.splits only: which of the partials it writes.
-SEQUENCE, TOKEN, ROWS, AT, LENGTH, LOW, BEGIN, END, SPLIT = range(9)
+SEQUENCE, TOKEN, ROWS, AT, LENGTH, LOW, BEGIN, END = range(8)
 
 _SMEM_BYTES = 227 * 1024  # what a CTA may take on sm_90
 _RESERVED = 3072  # barriers, what the driver takes
@@ -73,7 +72,7 @@ class Config:
 class Work:
   """The list of tiles; `head` is (tiles in use, query tokens in use)."""
 
-  tiles: Int[Array, "tiles 8"] | Int[Array, "tiles 9"]
+  tiles: Int[Array, "tiles 8"]
   head: Int[Array, "2"]
   config: Config = dataclasses.field(metadata=dict(static=True))
 
@@ -196,14 +195,22 @@ def make_work(
   return Work(tiles=tiles[order], head=head, config=config)
 
 
-def pack(start, stop, head, kind):
-  """One int32: own tokens start .. stop - 1, first head of the group, kind."""
-  return start | stop << 8 | head << 16 | kind << 24
+def pack(start, stop, head, kind, split=0):
+  """One int32: own tokens start .. stop - 1, first head of the group, kind.
+
+  split: with Config.splits, which of the partials the tile writes.
+  """
+  return start | stop << 8 | head << 16 | kind << 24 | split << 25
 
 
 def unpack(rows):
   """Returns (start, stop, head, kind); see `pack`."""
-  return rows & 255, rows >> 8 & 255, rows >> 16 & 255, rows >> 24
+  return rows & 255, rows >> 8 & 255, rows >> 16 & 255, rows >> 24 & 1
+
+
+def split_of(rows):
+  """Returns the split; see `pack`."""
+  return rows >> 25
 
 
 def _most_tiles(B, Q, G, config, num_tokens):

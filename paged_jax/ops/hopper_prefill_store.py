@@ -31,12 +31,15 @@ def store(
   for k, (_, heads) in enumerate(c.kinds):
     own &= (head < heads) | (kind != k)
   if c.splits:
-    first += tile[plan.SPLIT] * c.out_rows(inputs.num_tokens)
+    first += plan.split_of(tile[plan.ROWS]) * c.out_rows(inputs.num_tokens)
   row = jnp.where(own, first + token, -1)
-  backend.store_rows(
-    lse_ref, lse, jnp.where(own, first_head + head, -1), first + token,
-    interpret,
-  )
+  if c.splits:
+    backend.store_rows(lse_ref, lse, row, first_head + head, interpret)
+  else:
+    backend.store_rows(
+      lse_ref, lse, jnp.where(own, first_head + head, -1), first + token,
+      interpret,
+    )
 
   def by_tma(tokens):
     block = min(tokens, 64)

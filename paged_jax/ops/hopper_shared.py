@@ -111,7 +111,7 @@ def make_work(
   taking = queries > 0
   if query_starts is None:  # rows that are not in use
     taking &= lengths > 0
-  first = jnp.argmax(taking)
+  first = jnp.where(taking, jnp.arange(B), B - 1).min()
   shared = _shared_pages(tables, lengths - queries, taking, first, p)
   shared = jnp.where(shared * p >= least_tokens, shared, 0)
   used = jnp.where(shared > 0, starts[-1], 0)
@@ -177,13 +177,12 @@ def _shared_pages(tables, pasts, taking, first, page_size):
   pasts: int32 [B], tokens before the query; the prefix is to end there.
   """
   M = tables[0].shape[1]
-  same = jnp.ones(M, bool)
+  column = jnp.arange(M, dtype=jnp.int32)
+  shared = jnp.where(taking, pasts // page_size, M).min()
   for table in tables:
-    same &= ((table == table[first]) | ~taking[:, None]).all(axis=0)
-  leading = jnp.where(same.all(), M, jnp.argmin(same))
-  room = jnp.where(taking, pasts // page_size, M).min()
-  shared = jnp.clip(jnp.minimum(leading, room), 0, M).astype(jnp.int32)
-  return jnp.where(taking.sum() > 1, shared, 0)
+    differs = taking[:, None] & (table != table[first])
+    shared = jnp.minimum(shared, jnp.where(differs, column, M).min())
+  return jnp.where(taking.sum() > 1, jnp.maximum(shared, 0), 0)
 
 
 def _plan_prefix(length, used, geometry, num_tokens, num_ctas):
@@ -206,14 +205,15 @@ def _plan_prefix(length, used, geometry, num_tokens, num_ctas):
   stop = -(-used // tokens) * tokens
   starts = jnp.stack([jnp.zeros_like(stop), stop])
   whole = lib.make_work(length, starts, geometry, config, None)
-  tiles = whole.tiles.at[:, lib.AT].set(0)  # all see all of the prefix
-  part = jnp.arange(config.splits, dtype=jnp.int32)[None, :]
-  steps = tiles[:, lib.END, None]
-  tiles = jnp.repeat(tiles[:, None], config.splits, axis=1)
-  tiles = tiles.at[..., lib.BEGIN].set(steps * part // config.splits)
-  tiles = tiles.at[..., lib.END].set(steps * (part + 1) // config.splits)
-  part = jnp.broadcast_to(part[..., None], (*tiles.shape[:2], 1))
-  tiles = jnp.concatenate([tiles, part], axis=2).reshape(-1, lib.SPLIT + 1)
+  columns = [whole.tiles[:, j, None] for j in range(lib.END + 1)]
+  part = jnp.arange(config.splits, dtype=jnp.int32)
+  steps = columns[lib.END]
+  columns[lib.ROWS] |= lib.pack(0, 0, 0, 0, part)
+  columns[lib.AT] = jnp.zeros_like(steps)  # all see all of the prefix
+  columns[lib.BEGIN] = steps * part // config.splits
+  columns[lib.END] = steps * (part + 1) // config.splits
+  tiles = jnp.stack(jnp.broadcast_arrays(*columns), axis=-1)
+  tiles = tiles.reshape(-1, lib.END + 1)
   # No tiles for tokens that no sequence owns: the merge does not look there.
   all_used = jnp.int32(2**30)
   head = jnp.stack([whole.head[0] * config.splits, all_used])

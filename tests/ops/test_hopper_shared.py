@@ -168,7 +168,8 @@ def test_parts_of_the_prefix_cover_it_once(num_heads, monkeypatch):
     start, stop, head, kind = lib.unpack(tile[lib.ROWS])
     first, heads = tile[lib.TOKEN], config.kinds[kind][1]
     begin, end = tile[lib.BEGIN], tile[lib.END]
-    assert begin == steps * tile[lib.SPLIT] // config.splits
+    split = lib.split_of(tile[lib.ROWS])
+    assert begin == steps * split // config.splits
     seen[first + start : first + stop, head : head + heads, begin:end] += 1
   assert (seen == 1).all()
 
