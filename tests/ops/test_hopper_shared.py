@@ -169,6 +169,7 @@ def test_parts_of_the_prefix_cover_it_once(num_heads, monkeypatch):
     first, heads = tile[lib.TOKEN], config.kinds[kind][1]
     begin, end = tile[lib.BEGIN], tile[lib.END]
     split = lib.split_of(tile[lib.ROWS])
+    assert tile[lib.AT] == 0  # or tokens would see nothing
     assert begin == steps * split // config.splits
     seen[first + start : first + stop, head : head + heads, begin:end] += 1
   assert (seen == 1).all()
