@@ -11,8 +11,12 @@ Mosaic half: `mosaic` is the dialect, `mosaic_call` launches a kernel,
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import functools
+import sys
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import jax
 from jax import lax
@@ -21,8 +25,9 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as mosaic
 from jax.experimental.pallas import triton as plt
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith, memref, vector
+from jax.extend.mlir.dialects import arith, memref, scf, vector
 import jax.numpy as jnp
+from jaxlib.mlir.dialects import nvvm
 import numpy as np
 
 # --- Triton -----------------------------------------------------------------
@@ -187,13 +192,68 @@ def matmul(
     product = _simulated_dot(a[...], b[...].T)
     meanwhile()
     return product
+  operand = mosaic.RefType(tiled(a.shape[1], a.dtype))
+  product_type = mosaic.ShapeDtypeStruct(
+    shape, jnp.float32, layout=mosaic.Layout.WGMMA
+  )
 
-  def compute(acc):
-    mosaic.wgmma(acc, a, b.transpose((1, 0)))
-    meanwhile()
-    return acc[...]
+  @mosaic.inline_mgpu(
+    arg_types=(operand, operand), return_type=product_type
+  )
+  def issue(ctx, a, b):
+    del ctx
+    swizzle = operand.transforms[1].swizzle
+    with _first_wgmma_overwrites():
+      acc = mgpu.WGMMAAccumulator.from_registers(
+        mgpu.FragmentedArray.splat(
+          arith.constant(ir.F32Type.get(), 0.0), shape, mgpu.WGMMA_LAYOUT
+        ),
+        sync=False,
+      )
+      nvvm.wgmma_fence_aligned()
+      b = mgpu.memref_transpose(b, (1, 0, 3, 2))
+      acc = mgpu.wgmma(acc, a, b, swizzle=swizzle)
+    nvvm.wgmma_commit_group_sync_aligned()
+    return acc.value
 
-  return pl.run_scoped(compute, mosaic.ACC(shape, jnp.float32))
+  @mosaic.inline_mgpu(
+    arg_types=(mosaic.Layout.WGMMA,), return_type=product_type
+  )
+  def wait(ctx, product):
+    del ctx
+    nvvm.wgmma_wait_group_sync_aligned(0)
+    return mgpu.optimization_barrier(product)
+
+  product = issue(a, b)
+  meanwhile()
+  return wait(product)
+
+
+@contextlib.contextmanager
+def _first_wgmma_overwrites():
+  """Makes the next WGMMA instruction overwrite its accumulator.
+
+  Mosaic's always add, to registers that are set to 0 while the tensor cores
+  wait: a tenth of the time of an attention tile.
+  """
+  llvm = sys.modules[mgpu.wgmma.__module__].llvm
+  inline_asm, done = llvm.inline_asm, []
+
+  def emit(result, operands, text, *args, **kwargs):
+    if "wgmma.mma_async" in text and not done:
+      done.append(True)
+      if "setp.ne.b32 p, " not in text:
+        raise NotImplementedError("unknown form of WGMMA in this jax")
+      text = text.replace("setp.ne.b32 p, ", "setp.eq.b32 p, ")
+      # The old values are not read: leave them open.
+      operands = [
+        llvm.mlir_undef(x.type) if isinstance(x.type, ir.VectorType) else x
+        for x in operands
+      ]
+    return inline_asm(result, operands, text, *args, **kwargs)
+
+  with mock.patch.object(llvm, "inline_asm", emit):
+    yield
 
 
 def matmul_add(
@@ -225,6 +285,72 @@ def each_warp(body: Callable[..., None], interpret: bool) -> None:
     body(warps=list(range(4)))
   else:
     mosaic.warp_map(lambda warp: body(warps=[warp]))
+
+
+def rescale(acc: Any, factors: Any, interpret: bool) -> Any:
+  """Returns acc [64, n] times factors [64], skipped where those are 1."""
+  across = lax.broadcast_in_dim(factors, acc.shape, [0])
+  if interpret:
+    return acc * across
+  layout = mosaic.Layout.WGMMA
+
+  @mosaic.inline_mgpu(
+    arg_types=(layout, layout),
+    return_type=mosaic.ShapeDtypeStruct(acc.shape, acc.dtype, layout=layout),
+  )
+  def multiply(ctx, acc, factors):
+    del ctx
+    some = None
+    for factor in set(factors.registers.flat):  # a thread has a few rows
+      factor = vector.extract(factor, [], [0])
+      one = arith.constant(factor.type, 1.0)
+      changes = arith.cmpf(arith.CmpFPredicate.UNE, factor, one)
+      some = changes if some is None else arith.ori(some, changes)
+    types = [x.type for x in acc.registers.flat]
+    branch = scf.IfOp(some, types, has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+      product = acc * factors
+      scf.yield_(list(product.registers.flat))
+    with ir.InsertionPoint(branch.else_block):
+      scf.yield_(list(acc.registers.flat))
+    registers = np.array(list(branch.results), dtype=object)
+    return mgpu.FragmentedArray(
+      _registers=registers.reshape(acc.registers.shape),
+      _layout=acc.layout,
+      _is_signed=acc.is_signed,
+    )
+
+  return multiply(acc, across)
+
+
+def compute_now(weights: Any, interpret: bool) -> None:
+  """Has non-negative half-precision `weights` [64, n] computed at this point.
+
+  ptxas moves arithmetic down over waits to where its result is needed. A branch
+  on the sign bits, which is never taken, keeps it here.
+  """
+  if interpret:
+    return
+
+  @mosaic.inline_mgpu(arg_types=(mosaic.Layout.WGMMA,))
+  def compute(ctx, weights):
+    del ctx
+    i32 = ir.IntegerType.get_signless(32)
+    pairs = [
+      vector.extract(vector.bitcast(ir.VectorType.get((1,), i32), x), [], [0])
+      for x in weights.registers.flat
+    ]
+    signs = arith.andi(
+      functools.reduce(arith.ori, pairs), arith.constant(i32, -0x7FFF8000)
+    )
+    zero = arith.constant(i32, 0)
+    with mgpu.when(arith.cmpi(arith.CmpIPredicate.ne, signs, zero)):
+      sys.modules[mgpu.wgmma.__module__].llvm.inline_asm(
+        ir.Type.parse("!llvm.void"), [], "nanosleep.u32 1;", "",
+        has_side_effects=True,
+      )
+
+  compute(weights)
 
 
 def set_max_registers(count: int, action: str, interpret: bool) -> None:

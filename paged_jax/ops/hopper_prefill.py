@@ -172,7 +172,7 @@ def _kernel(inputs, c, num_ctas, interpret, *refs):
     )
 
 
-def _walk(inputs, c, num_ctas, cta, tiles_ref, head_ref, body):
+def _walk(inputs, c, num_ctas, cta, tiles_ref, head_ref, body, fetching=False):
   """Calls body(tile, kv_head, done, n) for each work item of this CTA.
 
   `tile` is a plan row; `done` KV tiles and `n` items with some came before.
@@ -186,6 +186,8 @@ def _walk(inputs, c, num_ctas, cta, tiles_ref, head_ref, body):
   groups = -(-inputs.group_size // heads)
   aligned = used - lax.rem(used, _i32(8))
   beyond = lax.div(T - aligned + (tokens - 1), _i32(tokens)) * groups
+  if fetching:  # nothing, for these
+    beyond = 0
   items = (listed + jnp.where(used < T, beyond, 0)) * K
 
   def item(n):
@@ -194,11 +196,12 @@ def _walk(inputs, c, num_ctas, cta, tiles_ref, head_ref, body):
     return n * num_ctas + jnp.where(back == 1, num_ctas - 1 - cta, cta)
 
   def read(i):
-    row = lax.div(i, _i32(K))
-    last = jnp.maximum(jnp.minimum(row, tiles_ref.shape[0] - 1), 0)
-    tile = [tiles_ref[last, j] for j in range(plan_lib.END + 1)]
-    # Behind the list: tokens that no sequence owns, "of length -1".
-    z = row - listed
+    row = jnp.minimum(lax.div(i, _i32(K)), tiles_ref.shape[0] - 1)
+    return tuple(tiles_ref[row, j] for j in range(plan_lib.END + 1))
+
+  def listed_or_unowned(i, tile):
+    """Behind the list: tokens that no sequence owns, "of length -1"."""
+    z = lax.div(i, _i32(K)) - listed
     first = aligned + lax.div(z, _i32(groups)) * tokens
     unowned = {
       plan_lib.TOKEN: first,
@@ -212,15 +215,17 @@ def _walk(inputs, c, num_ctas, cta, tiles_ref, head_ref, body):
       plan_lib.BEGIN: _i32(0),
       plan_lib.END: _i32(0),
     }
-    return tuple(
+    return [
       jnp.where(z >= 0, unowned[j], x) if j in unowned else x
       for j, x in enumerate(tile)
-    )
+    ]
 
   def one(carry):
     i, r, done, n, tile = carry
+    if not fetching:
+      tile = listed_or_unowned(i, tile)
     following = item(r + 1)
-    # Issued now, needed after the tiles: their latency is hidden.
+    # Issued now, looked at after the tiles: their latency is hidden.
     tile_next = read(following)
     body(tile, lax.rem(i, _i32(K)), done, n)
     steps = tile[plan_lib.END] - tile[plan_lib.BEGIN]

@@ -2,16 +2,19 @@
 
 For each KV tile of an item, in units of log2:
 
-    take the turn (with the first tile's; see below)
-    s = q k^T                   the turn is passed on when this is issued
+    s = q k^T                   then the turn is passed on
     m' = max(m, max s)          masked to -inf, where some row does not see all
     p = 2^(s - m'), a = 2^(m - m'),  l' = a l + sum p,  acc = a acc
-    take the turn
+    take the turn on the tensor cores
     acc += p v
 
-so a turn on the tensor cores is p v of one tile and q k^T of the next, while
-another warpgroup has softmax to do. s and acc live in registers in the layout
-of WGMMA's results, 64 rows of 16 a warp.
+so a turn is p v of one tile and q k^T of the next (where an item begins or ends,
+one of the two), while another warpgroup has softmax to do. s and acc live in
+registers in the layout of WGMMA's results, 64 rows, 16 a warp.
+
+Where acc is large (`lazy`) m follows the maximum with some slack, so that p may
+reach 2^8: then a is 1 after the first few tiles, and acc is left alone. A row's
+m depends on no other row.
 """
 
 import functools
@@ -26,6 +29,7 @@ from paged_jax.ops import hopper_prefill_plan as plan
 from paged_jax.ops.backend import mosaic
 
 _LOG2E = math.log2(math.e)
+_SLACK = 8.0  # see above; 2^8 is far from what float16 overflows at
 
 
 def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
@@ -85,10 +89,12 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
       position = i * size
       slot = slot_of(i)
 
-      def await_next_k():
+      def prepare_next():
         @pl.when(i + 1 < end)
         def _():
           mosaic.barrier_wait(k_full.at[slot_of(i + 1)])
+
+        pl.when(i + 1 == end)(pass_turn)
 
       logits = backend.matmul(
         q_smem.at[q_slot],
@@ -112,16 +118,22 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
           inputs, logits.shape, at + token, position, length - position
         )
         logits = jnp.where(seen, logits, -jnp.inf)
-      m_new = shift = jnp.maximum(m, logits.max(axis=1) * factor)
+      most = logits.max(axis=1) * factor
+      m_new = shift = jnp.maximum(m, most)
+      if c.lazy:
+        m_new = shift = jnp.where(most > m + _SLACK, most, m)
       if masked:
         shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
       alpha = jnp.exp2(m - shift)
       p = jnp.exp2(logits * factor - _across(shift, size))
-      acc = acc * _across(alpha, H)
       l = l * alpha + p.sum(axis=1)
       p = p.astype(dtype)
-      # All this is to happen before the turn.
-      acc, l, m_new, p = lax.optimization_barrier((acc, l, m_new, p))
+      if c.lazy:
+        acc = backend.rescale(acc, alpha, interpret)
+        backend.compute_now(p, interpret)
+      else:
+        acc = acc * _across(alpha, H)
+        acc, l, m_new, p = lax.optimization_barrier((acc, l, m_new, p))
       mosaic.barrier_wait(v_full.at[slot])
       if masked:
         dead = length - position < size
@@ -138,7 +150,7 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
 
       take_turn()
       acc = backend.matmul_add(
-        acc, p, v_smem.at[slot], interpret, meanwhile=await_next_k
+        acc, p, v_smem.at[slot], interpret, meanwhile=prepare_next
       )
       mosaic.barrier_arrive(v_free.at[slot])
       return acc, m_new, l
@@ -161,7 +173,6 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
     for first, last, masked in stretches:
       one = functools.partial(one_tile, masked=masked)
       carry = lax.fori_loop(first, last, one, carry)
-    pl.when(begin < end)(pass_turn)
     finish(tile, kv_head, *carry)
 
   final = c.consumers - 1

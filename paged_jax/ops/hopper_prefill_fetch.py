@@ -108,7 +108,7 @@ def fetch(inputs, c, walk, interpret, layer, sources, buffers, barriers, warps):
     steps = tile[plan.END] - begin
     lax.fori_loop(0, steps, one_tile, pages_at(b, begin * c.tile))
 
-  tiles, items = walk(item)
+  tiles, items = walk(item, fetching=True)
   # Every phase of a barrier is seen by its waiter, the last ones too.
   for free, uses in ((q_free, items), (k_free, tiles), (v_free, tiles)):
     for i in range(c.query_slots if free is q_free else c.stages):

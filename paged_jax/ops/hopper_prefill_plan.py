@@ -17,6 +17,7 @@ order. Long items come first, so what is left at the end is small.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,7 @@ class Config:
   query_slots: int  # query tiles in flight
   columns: int  # columns of the output staged in shared memory at once
   registers: tuple[int, int]  # of a fetching thread, of a computing one
+  lazy: bool  # whether the maximum is followed with slack
   # Float32 partials of each token, by parts of the KV; 0: none, but the output.
   splits: int = 0
 
@@ -77,7 +79,7 @@ class Work:
   config: Config = dataclasses.field(metadata=dict(static=True))
 
 
-def choose(geometry: Geometry, **overrides: int) -> Config:
+def choose(geometry: Geometry, **overrides: Any) -> Config:
   """Returns the kernel's shape for a geometry.
 
   Raises:
@@ -121,7 +123,10 @@ def choose(geometry: Geometry, **overrides: int) -> Config:
     query_slots=query_slots,
     columns=columns,
     # 128 threads fetch: a + 2 b is what the register file has for 384 threads.
-    registers=(40, 232) if H > 96 and len(kinds) == 1 else (56, 224),
+    registers=overrides.get(
+      "registers", (24, 240) if H > 96 and len(kinds) == 1 else (56, 224)
+    ),
+    lazy=overrides.get("lazy", H > 128),
   )
 
 

@@ -43,9 +43,7 @@ def candidates(name: str | None) -> tuple[str, ...]:
   if name is not None:
     return (name,)
   if jax.default_backend() in ("gpu", "cuda"):
-    # By model time on an H100 (experiments/results/h100_bench_decode) triton is
-    # level with hopper or ahead on every shape so far, and takes every call.
-    return ("triton", "hopper", "xla")
+    return ("hopper", "triton", "xla")
   return ("xla",)
 
 
