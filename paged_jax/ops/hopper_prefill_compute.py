@@ -8,9 +8,9 @@ For each KV tile of an item, in units of log2:
     take the turn on the tensor cores
     acc += p v
 
-so a turn is p v of one tile and q k^T of the next (where an item begins or ends,
-one of the two), while another warpgroup has softmax to do. s and acc live in
-registers in the layout of WGMMA's results, 64 rows, 16 a warp.
+so a turn is p v of one tile and q k^T of the next (where an item begins or
+ends, one of the two), while another warpgroup has softmax to do. s and acc live
+in registers in the layout of WGMMA's results, 64 rows, 16 a warp.
 
 Where acc is large (`lazy`) m follows the maximum with some slack, so that p may
 reach 2^8: then a is 1 after the first few tiles, and acc is left alone. A row's
