@@ -11,12 +11,9 @@ Mosaic half: `mosaic` is the dialect, `mosaic_call` launches a kernel,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import contextlib
 import functools
-import sys
 from types import MappingProxyType
 from typing import Any
-from unittest import mock
 
 import jax
 from jax import lax
@@ -27,7 +24,7 @@ from jax.experimental.pallas import triton as plt
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, scf, vector
 import jax.numpy as jnp
-from jaxlib.mlir.dialects import nvvm
+from jaxlib.mlir.dialects import llvm, nvvm
 import numpy as np
 
 # --- Triton -----------------------------------------------------------------
@@ -202,17 +199,15 @@ def matmul(
   )
   def issue(ctx, a, b):
     del ctx
-    swizzle = operand.transforms[1].swizzle
-    with _first_wgmma_overwrites():
-      acc = mgpu.WGMMAAccumulator.from_registers(
-        mgpu.FragmentedArray.splat(
-          arith.constant(ir.F32Type.get(), 0.0), shape, mgpu.WGMMA_LAYOUT
-        ),
-        sync=False,
-      )
-      nvvm.wgmma_fence_aligned()
-      b = mgpu.memref_transpose(b, (1, 0, 3, 2))
-      acc = mgpu.wgmma(acc, a, b, swizzle=swizzle)
+    zeros = mgpu.FragmentedArray.splat(
+      arith.constant(ir.F32Type.get(), 0.0), shape, mgpu.WGMMA_LAYOUT
+    )
+    acc = mgpu.WGMMAAccumulator.from_registers(zeros, sync=False)
+    nvvm.wgmma_fence_aligned()
+    b = mgpu.memref_transpose(b, (1, 0, 3, 2))
+    before = len(ir.InsertionPoint.current.block.operations)
+    acc = mgpu.wgmma(acc, a, b, swizzle=operand.transforms[1].swizzle)
+    _overwrite_accumulator(before)
     nvvm.wgmma_commit_group_sync_aligned()
     return acc.value
 
@@ -229,31 +224,32 @@ def matmul(
   return wait(product)
 
 
-@contextlib.contextmanager
-def _first_wgmma_overwrites():
-  """Makes the next WGMMA instruction overwrite its accumulator.
+def _overwrite_accumulator(before: int) -> None:
+  """Makes a product that was just emitted overwrite its accumulator.
 
   Mosaic's always add, to registers that are set to 0 while the tensor cores
-  wait: a tenth of the time of an attention tile.
+  wait: 66 instructions an attention tile. Where the text of the instruction is
+  not the known one it stays as it is, and right.
+
+  before: number of operations in the current block when it began.
   """
-  llvm = sys.modules[mgpu.wgmma.__module__].llvm
-  inline_asm, done = llvm.inline_asm, []
-
-  def emit(result, operands, text, *args, **kwargs):
-    if "wgmma.mma_async" in text and not done:
-      done.append(True)
-      if "setp.ne.b32 p, " not in text:
-        raise NotImplementedError("unknown form of WGMMA in this jax")
-      text = text.replace("setp.ne.b32 p, ", "setp.eq.b32 p, ")
-      # The old values are not read: leave them open.
-      operands = [
-        llvm.mlir_undef(x.type) if isinstance(x.type, ir.VectorType) else x
-        for x in operands
-      ]
-    return inline_asm(result, operands, text, *args, **kwargs)
-
-  with mock.patch.object(llvm, "inline_asm", emit):
-    yield
+  operations = list(ir.InsertionPoint.current.block.operations)
+  for op in operations[max(before - 1, 0) :]:  # the last may be a terminator
+    if op.name != "llvm.inline_asm":
+      continue
+    text = ir.StringAttr(op.attributes["asm_string"]).value
+    if "wgmma.mma_async" not in text:
+      continue
+    add, overwrite = "setp.ne.b32 p, ", "setp.eq.b32 p, "
+    if add in text:
+      op.attributes["asm_string"] = ir.StringAttr.get(
+        text.replace(add, overwrite)
+      )
+      with ir.InsertionPoint(op):  # the old values are not read
+        for i, x in enumerate(op.operands):
+          if isinstance(x.type, ir.VectorType):
+            op.operands[i] = llvm.mlir_undef(x.type)
+    return
 
 
 def matmul_add(
@@ -345,7 +341,7 @@ def compute_now(weights: Any, interpret: bool) -> None:
     )
     zero = arith.constant(i32, 0)
     with mgpu.when(arith.cmpi(arith.CmpIPredicate.ne, signs, zero)):
-      sys.modules[mgpu.wgmma.__module__].llvm.inline_asm(
+      llvm.inline_asm(
         ir.Type.parse("!llvm.void"), [], "nanosleep.u32 1;", "",
         has_side_effects=True,
       )
