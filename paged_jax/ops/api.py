@@ -48,7 +48,8 @@ def paged_attention(
   Only live slots are read: whatever dead slots hold changes no bit.
 
   Args:
-    query: packed query tokens [T, N, H]; float32, float16 or bfloat16.
+    query: packed query tokens [T, N, H]; float32, float16 or bfloat16. "hopper"
+      copies prompts by 8 tokens: let T be a multiple of 8 there.
     k_pages: pool of keys [P, K, p, H], or [L, P, K, p, H] with `layer`, in the
       query's dtype; N a multiple of K.
     v_pages: pool of values, shaped as k_pages; None if one pool holds both (the
