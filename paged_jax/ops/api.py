@@ -109,7 +109,9 @@ def paged_attention(
   )
   if plan is not None:
     geometry = _geometry(inputs)
-    plan_lib.check_plan(plan, page_table, lengths, query_starts, geometry)
+    plan_lib.check_plan(
+      plan, page_table, lengths, query_starts, geometry, inputs.num_tokens
+    )
     if plan.batch_invariant:
       if implementation not in (None, plan.implementation):
         raise ValueError(
@@ -165,7 +167,8 @@ def plan_attention(
     page_size: p, tokens.
     dtype: dtype of query and pools.
     max_query_length: as in `paged_attention`; needed with query_starts.
-    num_tokens: T, for a shorter plan of a prefill step. None: unknown.
+    num_tokens: T of the calls, for a shorter plan of a prefill step. None:
+      unknown.
     causal: as in `paged_attention`.
     window: as in `paged_attention`.
     batch_invariant: whether the output bits of a sequence must depend on that
@@ -286,6 +289,7 @@ def plan_attention(
     work=work,
     implementation=name,
     geometry=geometry,
+    num_tokens=num_tokens,
     batch_invariant=batch_invariant,
   )
 

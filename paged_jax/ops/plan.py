@@ -51,6 +51,10 @@ class AttentionPlan:
   implementation: str = dataclasses.field(metadata=dict(static=True))
   # None if plan_attention was not told: then `work` is None too.
   geometry: Geometry | None = dataclasses.field(metadata=dict(static=True))
+  # T that `work` is for; None: any.
+  num_tokens: int | None = dataclasses.field(
+    default=None, metadata=dict(static=True)
+  )
   # Whether a sequence's output must not depend on the rest of the batch.
   batch_invariant: bool = dataclasses.field(
     default=False, metadata=dict(static=True)
@@ -63,6 +67,7 @@ def check_plan(
   lengths: Any,
   query_starts: Any,
   geometry: Geometry,
+  num_tokens: int,
 ) -> None:
   """Raises ValueError where `plan` was made for another step or geometry.
 
@@ -81,6 +86,11 @@ def check_plan(
           f"plan was made for {name}={made[name]!r} but this call has "
           f"{value!r}: give plan_attention the same arguments as the call"
         )
+  if plan.num_tokens not in (None, num_tokens):
+    raise ValueError(
+      f"plan was made for num_tokens={plan.num_tokens} but query has "
+      f"T={num_tokens} tokens: give plan_attention T, or no num_tokens"
+    )
   pairs = (
     ("page_table", plan.page_table, page_table),
     ("lengths", plan.lengths, lengths),

@@ -197,6 +197,9 @@ BAD_PLAN = {
   "promise": (dict(max_query_length=0, query_starts=i32(0, 1, 2)),
               r"max_query_length is 0"),
   "window": (dict(window=0), r"window is 0"),
+  "num_tokens": (dict(num_tokens=-1), r"num_tokens is -1"),
+  "batch_invariant": (dict(batch_invariant=1), r"batch_invariant is 1"),
+  "shared_prefix": (dict(shared_prefix="no"), r"shared_prefix is 'no'"),
   "implementation": (dict(implementation="fast"), r"'fast'.*xla"),
 }
 
@@ -224,6 +227,11 @@ def test_a_stale_plan_is_caught():
     paged_jax.paged_attention(
       **given, query_starts=i32(0, 1, 2), plan=plan
     )
+  short = paged_jax.plan_attention(
+    given["page_table"], given["lengths"], num_tokens=1
+  )
+  with pytest.raises(ValueError, match="num_tokens=1 but query has T=2"):
+    paged_jax.paged_attention(**given, plan=short)
   wider = jnp.concatenate([given["page_table"]] * 2, axis=1)
   with pytest.raises(ValueError, match="plan was made for page_table of shape"):
     paged_jax.paged_attention(**(given | dict(page_table=wider)), plan=plan)
