@@ -183,7 +183,7 @@ def test_the_full_grids_name_every_cell():
     for c in here if c.group == grid_lib.RATIO_AXIS
   }
   assert len(places) == 2 * 5 * 6
-  assert {c.implementation for c in here} == {"triton", "xla"}
+  assert {c.implementation for c in here} == {"hopper", "triton", "xla"}
   assert not any(c.interpret for c in here)
   assert len({c.key for c in here}) == len(here)
   here, elsewhere = grid_lib.expand(grid, on_gpu=False)
