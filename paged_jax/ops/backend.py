@@ -7,7 +7,8 @@ Triton half: `triton_call` launches a kernel, `load` and `store` are its masked
 accesses, `dot` its matrix product.
 
 Mosaic half: `mosaic` is the dialect, `mosaic_call` launches a kernel,
-`matmul` and `matmul_add` are its tensor-core products, `copy_if` its copy.
+`matmul` and `matmul_add` are its tensor-core products, `copy_if` its copy; the
+rest is what those leave to the compiler and it does not do well.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -423,6 +424,14 @@ def store_rows(
             memref.store(register, ref, place)
 
   store(ref, value, *indices)
+
+
+def wait_if(condition: Any, barrier: Any) -> None:
+  """Waits for the barrier's next phase where `condition` holds."""
+
+  @pl.when(condition)
+  def _():
+    mosaic.barrier_wait(barrier)
 
 
 def wait_for_previous_kernel(interpret: bool) -> None:

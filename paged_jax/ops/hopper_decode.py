@@ -80,7 +80,7 @@ def attend(
   folded = (-1, c.kb * inputs.page_size, H)  # [L * P * bundles, kb * p, H]
   rows = 64 * c.consumers
   tables = [inputs.k_table] + ([inputs.v_table] if inputs.combined else [])
-  tiled = _tiled(H, dtype)
+  tiled = backend.tiled(H, dtype)
   barrier = mosaic.Barrier
   stage = mosaic.SMEM((c.stages, c.tile, H), dtype, transforms=tiled)
   whole = c.cut == hopper_tuning.WHOLE
@@ -107,7 +107,9 @@ def attend(
       stage,
       stage,
       mosaic.SMEM(
-        (rows, c.columns), staged, transforms=_tiled(c.columns, staged)
+        (rows, c.columns),
+        staged,
+        transforms=backend.tiled(c.columns, staged),
       ),
       mosaic.SMEM((rows,), jnp.float32),
       barrier(num_arrivals=c.block_tokens, num_barriers=c.query_slots),
@@ -271,14 +273,6 @@ def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
   carry = (left, b, segment, item, zero, zero, tuple(sequence), carry)
   *_, done, n, _, _ = lax.while_loop(lambda carry: carry[0] > 0, one, carry)
   return done, n
-
-
-def _tiled(columns, dtype):
-  """Layout that TMA writes and WGMMA reads: 8-row tiles, swizzled."""
-  row_bytes = columns * jnp.dtype(dtype).itemsize
-  swizzle = next(s for s in (128, 64, 32) if row_bytes % s == 0)
-  tile = (8, swizzle // jnp.dtype(dtype).itemsize)
-  return (mosaic.TilingTransform(tile), mosaic.SwizzleTransform(swizzle))
 
 
 def _i32(x):

@@ -48,7 +48,7 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
     high = jnp.minimum(sequence[hopper_plan.HIGH], at.end)
     slot = lax.rem(n, _i32(c.query_slots))
 
-    _wait_if(n >= c.query_slots, q_free.at[slot])
+    backend.wait_if(n >= c.query_slots, q_free.at[slot])
     token = sequence[hopper_plan.QUERY_START] + block * c.block_tokens
     for j in range(c.block_tokens):
       row = query_row(inputs, c, token + j, bundle)
@@ -71,7 +71,7 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
         (v_ref, v_smem, v_full, v_free, pages[-c.copies :]),
       ):
 
-        _wait_if(done + i >= c.stages, free.at[slot])
+        backend.wait_if(done + i >= c.stages, free.at[slot])
         for j, page in enumerate(ids):
           first = position + j * step
           live = (first + step > low) & (first < high)
@@ -96,7 +96,7 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
   # Every phase of a barrier is seen by its waiter, the last ones too.
   for free, uses in ((q_free, segments), (k_free, tiles), (v_free, tiles)):
     for i in range(c.query_slots if free is q_free else c.stages):
-      _wait_if(uses > i, free.at[i])
+      backend.wait_if(uses > i, free.at[i])
 
 
 def query_row(inputs: Inputs, c: hopper_tuning.Config, token, bundle):
@@ -110,12 +110,6 @@ def row_shift(c: hopper_tuning.Config, row):
   if c.heads % 8 == 0:
     return 0
   return row & 7
-
-
-def _wait_if(condition, barrier):
-  @pl.when(condition)
-  def _():
-    mosaic.barrier_wait(barrier)
 
 
 def _i32(x):

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from paged_jax.ops import backend, hopper_prefill_store
+from paged_jax.ops import backend, hopper_prefill_store, hopper_softmax
 from paged_jax.ops import hopper_prefill_plan as plan
 from paged_jax.ops.backend import mosaic
 
@@ -111,7 +111,7 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
 
       factor = unit  # logits times this are in units of log2
       if inputs.soft_cap is not None:
-        logits = _soft_cap(logits, inputs.scale, inputs.soft_cap)
+        logits = hopper_softmax.soft_cap(logits, inputs.scale, inputs.soft_cap)
         factor = _LOG2E
       if masked:
         seen = _seen(
@@ -268,12 +268,6 @@ def _add_sinks(inputs, c, tile, kv_head, head, sinks_ref, acc, m, l):
   alpha = jnp.exp2(m - shift)
   l = l * alpha + jnp.exp2(sink - shift)
   return acc * _across(alpha, inputs.head_dim), m_new, l
-
-
-def _soft_cap(logits, scale, cap):
-  # cap * tanh(x / cap), by exp2: exact to float32 rounding of cap.
-  t = jnp.exp2(logits * (2.0 * _LOG2E * scale / cap))
-  return cap - (2.0 * cap) / (t + 1.0)
 
 
 def _across(x, columns):

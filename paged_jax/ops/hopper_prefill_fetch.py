@@ -76,7 +76,7 @@ def fetch(inputs, c, walk, interpret, layer, sources, buffers, barriers, warps):
 
       def copy(pool, smem, full, free, ids):
         ids = iter(ids)
-        _wait_if(done + i >= c.stages, free.at[slot])
+        backend.wait_if(done + i >= c.stages, free.at[slot])
 
         def one(j):
           at = position + j * step
@@ -95,7 +95,7 @@ def fetch(inputs, c, walk, interpret, layer, sources, buffers, barriers, warps):
       @pl.when(i == 0)
       def _():
         q_slot = lax.rem(n, _i32(c.query_slots))
-        _wait_if(n >= c.query_slots, q_free.at[q_slot])
+        backend.wait_if(n >= c.query_slots, q_free.at[q_slot])
         *_, kind = plan.unpack(tile[plan.ROWS])
         for k, (tokens, heads) in enumerate(c.kinds):
           pl.when(kind == k)(
@@ -112,13 +112,7 @@ def fetch(inputs, c, walk, interpret, layer, sources, buffers, barriers, warps):
   # Every phase of a barrier is seen by its waiter, the last ones too.
   for free, uses in ((q_free, items), (k_free, tiles), (v_free, tiles)):
     for i in range(c.query_slots if free is q_free else c.stages):
-      _wait_if(uses > i, free.at[i])
-
-
-def _wait_if(condition, barrier):
-  @pl.when(condition)
-  def _():
-    mosaic.barrier_wait(barrier)
+      backend.wait_if(uses > i, free.at[i])
 
 
 def _i32(x):

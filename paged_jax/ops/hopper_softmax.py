@@ -58,7 +58,7 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
       mosaic.barrier_arrive(k_free.at[slot])
       unit = scale  # logits times this are in units of log2
       if inputs.soft_cap is not None:
-        logits = _soft_cap(logits, inputs.scale, inputs.soft_cap)
+        logits = soft_cap(logits, inputs.scale, inputs.soft_cap)
         unit = _LOG2E
       seen = _seen(
         inputs, c, wg, s, sequence, position, low - position, high - position
@@ -237,8 +237,8 @@ def _write(
         pl.when(wg == w)(functools.partial(copy, w, i))
 
 
-def _soft_cap(logits, scale, cap):
-  # cap * tanh(x / cap), by exp2: exact to float32 rounding of cap.
+def soft_cap(logits, scale, cap):
+  """cap * tanh(x / cap), x = logits * scale, to float32 rounding of cap."""
   t = jnp.exp2(logits * (2.0 * _LOG2E * scale / cap))
   return cap - (2.0 * cap) / (t + 1.0)
 
