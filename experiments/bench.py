@@ -18,8 +18,9 @@ timed in turn, so that a busy moment hits all alike:
 "hopper+batch_invariant" is hopper with a plan made with batch_invariant=True;
 any option of plan_attention goes. Others: dense and cudnn
 (jax.nn.dot_product_attention on a contiguous cache), jax_pallas (JAX's
-deprecated paged kernel). Write shapes time `write_kv`. Exit code 1 if one of
-ours is wrong.
+deprecated paged kernel), fa3 (FlashAttention-3, where the optional package
+flash-attn3-jax is installed; what it is given: experiments/common/peers.py).
+Write shapes time `write_kv`. Exit code 1 if one of ours is wrong.
 
 A layer of some 10 us is launched more slowly than it runs, and its model time
 is the host's. CUDA graphs help, as they do in a model; rows hold the flags:
@@ -46,8 +47,8 @@ _SHAPE = flags.DEFINE_list(
 _IMPLEMENTATIONS = flags.DEFINE_list(
   "implementations", None,
   "Of ours (reference, xla, triton, hopper) and others (dense, cudnn, "
-  "jax_pallas). Default: on a GPU hopper, triton, jax_pallas and cudnn (write: "
-  "triton, xla); else xla, dense.",
+  "jax_pallas, fa3). Default: on a GPU hopper, triton, jax_pallas and cudnn "
+  "(write: triton, xla); else xla, dense.",
 )
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Samples, at least.", 2)
 _SECONDS = flags.DEFINE_float("seconds", 0.5, "Sampling time of each.", 0.0)

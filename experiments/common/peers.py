@@ -4,12 +4,18 @@
     cudnn       the same through cuDNN (NVIDIA GPU, half precision)
     jax_pallas  jax.experimental.pallas.ops.gpu.paged_attention, deprecated,
                 decode only
+    fa3         FlashAttention-3 of the optional package flash-attn3-jax (0.2.3;
+                `pip install flash-attn3-jax`), Hopper GPUs, half precision.
+                Paged, [P, p, K, H] a layer, where every row has as many new
+                tokens: decode, chunks, equal prompts. Its paged entry knows no
+                ragged queries: those get packed, contiguous keys and values
 
 Each gets the layout it likes best; building that is not timed. None of them
 survives NaN in dead slots, so theirs are zero.
 """
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
@@ -19,8 +25,9 @@ import numpy as np
 from experiments.common import problem as problem_lib
 from experiments.common import programs, shapes
 
-NAMES = ("dense", "cudnn", "jax_pallas")
+NAMES = ("dense", "cudnn", "jax_pallas", "fa3")
 _SPLITS = 16  # of jax_pallas: table widths must divide evenly
+_FA3_HEAD_DIM = 128  # the only one that the wheels of flash-attn3-jax hold
 
 
 def state(
@@ -43,6 +50,8 @@ def state(
     return dict(
       layers=pools, table=jnp.asarray(table), lengths=problem.lengths
     )
+  if name == "fa3":
+    return _fa3_state(problem, source, layers)
   caches = [
     tuple(
       _contiguous(x, problem.shape)
@@ -57,7 +66,7 @@ def prepare(
   name: str, shape: shapes.Shape
 ) -> Callable[[Any], programs.Attend]:
   """Returns state -> attend, as `programs.chain` wants it."""
-  make = _jax_pallas if name == "jax_pallas" else _dense
+  make = dict(jax_pallas=_jax_pallas, fa3=_fa3).get(name, _dense)
 
   def prepared(state):
     return make(name, shape, state)
@@ -114,20 +123,110 @@ def _jax_pallas(name, shape, state):
   return attend
 
 
+def _fa3_state(problem, source, layers):
+  shape = problem.shape
+  state = dict(lengths=problem.lengths)
+  if _fa3_paged(shape):
+    pools = (problem.k_pages, problem.v_pages)
+    state["layers"] = [
+      tuple(_tokens_first(pool[i]) for pool in pools) for i in range(layers)
+    ]
+    table = problem.page_table
+    state["table"] = jnp.where(table < problem.k_pages.shape[1], table, 0)
+  else:
+    state["layers"] = [
+      problem_lib.tokens(shape, source, i) for i in range(layers)
+    ]
+    state["query_starts"] = problem.query_starts
+    starts = np.cumulative_sum(shape.lengths, include_initial=True)
+    state["starts"] = jnp.asarray(starts, jnp.int32)
+  return state
+
+
+def _fa3(name, shape, state):
+  del name
+  fa3 = _fa3_package()
+  # Both entries align the causal mask at the bottom right, as we do, and count
+  # the neighbours in a window where we count the token too.
+  window = (-1, -1) if shape.window is None else (shape.window - 1, 0)
+  options = dict(is_causal=True, window_size=window)
+
+  def paged(query, layer):
+    k, v = state["layers"][layer]
+    out = fa3.flash_mha_with_kvcache(
+      query.reshape(shape.batch, -1, *query.shape[1:]), k, v,
+      cache_seqlens=state["lengths"],
+      page_table=state["table"],
+      num_splits=_fa3_splits(shape),
+      **options,
+    )
+    return out.reshape(query.shape)
+
+  def packed(query, layer):
+    k, v = state["layers"][layer]
+    return fa3.flash_mha_varlen(
+      query, k, v,
+      cu_seqlens_q=state["query_starts"],
+      cu_seqlens_k=state["starts"],
+      max_seqlen_q=int(shape.query_lengths.max()),
+      max_seqlen_k=int(shape.lengths.max()),
+      **options,
+    )
+
+  return paged if _fa3_paged(shape) else packed
+
+
+def _fa3_paged(shape):
+  return len(set(shape.query_lengths.tolist())) == 1
+
+
+def _fa3_splits(shape):
+  """Returns an upper bound of the splits of a row; the kernel picks fewer.
+
+  As many as fill a GPU of 132 SMs to 85 % with one row: the bound that
+  FlashAttention-3 works out where it is called from PyTorch. The JAX package
+  leaves it to the caller.
+  """
+  rows = int(shape.query_lengths.max()) * shape.group_size
+  tiles = shape.num_kv_heads * math.ceil(rows / 128)
+  seen = shape.context
+  if shape.window is not None:
+    seen = min(seen, shape.window + 128)
+  blocks = math.ceil(seen / 128)
+  if tiles >= 0.8 * 132 or blocks <= 4:
+    return 1
+  return min(math.ceil(0.85 * 132 / tiles), blocks)
+
+
+def _fa3_package():
+  try:
+    import flash_attn3_jax  # optional; nothing else needs it
+  except (ImportError, AttributeError) as error:  # or it and JAX do not match
+    raise NotImplementedError(
+      f"fa3 needs the package flash-attn3-jax: {error}"
+    ) from error
+  return flash_attn3_jax
+
+
 def _check(name, shape):
+  fa3 = name == "fa3"
+  chunk = not shape.decode and shape.query_tokens != 0
   reasons = {
     "sinks": shape.sinks,
-    "a window": shape.window is not None,
+    "a window": shape.window is not None and not fa3,
     "a soft cap": shape.soft_cap is not None and name != "jax_pallas",
     "prefill": not shape.decode and name == "jax_pallas",
-    "part of a prompt": not shape.decode and shape.query_tokens != 0,
-    "rows that differ in new tokens": bool(shape.runs),
+    "part of a prompt": chunk and not fa3,
+    "rows that differ in new tokens": bool(shape.runs) and not fa3,
+    f"H {shape.head_dim}": fa3 and shape.head_dim != _FA3_HEAD_DIM,
+    "float32": shape.dtype == "float32" and name in ("cudnn", "fa3"),
     "a CPU": jax.default_backend() == "cpu" and name != "dense",
-    "float32": shape.dtype == "float32" and name == "cudnn",
   }
   for what, refused in reasons.items():
     if refused:
       raise NotImplementedError(f"{name} cannot do {what}")
+  if fa3:
+    _fa3_package()
 
 
 def _home(shape):
@@ -139,6 +238,10 @@ def _home(shape):
 
 def _heads_first(pool):  # [P, K, p, H] -> [K, P, p, H]
   return jnp.nan_to_num(pool.swapaxes(0, 1), nan=0.0)
+
+
+def _tokens_first(pool):  # [P, K, p, H] -> [P, p, K, H]
+  return jnp.nan_to_num(pool.swapaxes(1, 2), nan=0.0)
 
 
 def _contiguous(tokens, shape):  # [S, K, H] -> [B, context, K, H]
