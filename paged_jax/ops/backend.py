@@ -20,6 +20,7 @@ import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as mosaic
 from jax.experimental.pallas import triton as plt
 from jax.extend.mlir import ir
@@ -424,6 +425,99 @@ def store_rows(
             memref.store(register, ref, place)
 
   store(ref, value, *indices)
+
+
+def zero_dead_rows(
+  ref: Any,
+  first: Any,
+  last: Any,
+  interpret: bool,
+  *,
+  heads: int = 1,
+  step: int = 1,
+) -> None:
+  """Zeroes rows of `ref` outside positions first .. last - 1.
+
+  Called by a whole warpgroup. It reads nothing and takes few registers.
+
+  Args:
+    ref: [n, k] in SMEM, `tiled`, n a multiple of 64. Rows are [n / (heads *
+      step), heads, step]: `heads` ones of each position.
+    first: int32 scalar, may be negative.
+    last: int32 scalar, may be larger than n.
+    interpret: whether this is simulated.
+    heads: a power of two.
+    step: a power of two; of no account if heads is 1.
+  """
+  rows, columns = ref.shape
+  if interpret:
+    at = lax.broadcasted_iota(jnp.int32, ref.shape, 0)
+    if heads > 1:
+      at = at // (heads * step) * step + at % step
+    values = ref[...]
+    ref[...] = jnp.where(
+      (at >= first) & (at < last), values, jnp.zeros_like(values)
+    )
+    mosaic.commit_smem()
+    return
+  transforms = tiled(columns, ref.dtype)
+  scalar = mosaic.Layout.WG_SPLAT(())
+
+  @mosaic.inline_mgpu(arg_types=(mosaic.RefType(transforms), scalar, scalar))
+  def zero(ctx, ref, first, last):
+    del ctx
+    # [rows of 8, tiles, 8, width]: a swizzle moves 16 bytes about in a row of a
+    # tile, which is dead as a whole.
+    _, tiles, _, width = ref.type.shape
+    strides, _ = ref.type.get_strides_and_offset()
+    assert list(strides) == [tiles * 8 * width, 8 * width, width, 1], strides
+    width = transforms[1].swizzle  # bytes
+    lanes = width // 16  # threads of a row
+    i32 = ir.IntegerType.get_signless(32)
+    byte = ir.IntegerType.get_signless(8)
+
+    def split(x, by):  # quotient and remainder
+      by = arith.constant(i32, by)
+      return arith.divui(x, by), arith.remui(x, by)
+
+    def times(x, by):
+      return arith.muli(x, arith.constant(i32, by))
+
+    def dead(i):
+      at = arith.addi(row, arith.constant(i32, i))
+      if heads > 1:
+        at = arith.addi(
+          times(split(at, heads * step)[0], step), split(at, step)[1]
+        )
+      return arith.ori(
+        arith.cmpi(arith.CmpIPredicate.slt, at, first),
+        arith.cmpi(arith.CmpIPredicate.sge, at, last),
+      )
+
+    first, last = (x.registers.item() for x in (first, last))
+    _, thread = split(mgpu.thread_idx(), 128)
+    row, lane = split(thread, lanes)
+    block, within = split(row, 8)
+    offset = arith.addi(
+      arith.addi(times(block, tiles * 8 * width), times(within, width)),
+      times(lane, 16),
+    )
+    zeros = llvm.mlir_zero(ir.VectorType.get((4,), i32))
+    start = mgpu_utils.memref_ptr(ref)
+    dynamic = -(2**31)  # stands for an index that is no constant
+    start = llvm.getelementptr(start.type, start, [offset], [dynamic], byte, 0)
+    for i in range(0, rows, 128 // lanes):
+      with mgpu.when(dead(i)):
+        for j in range(tiles):
+          at = (i * tiles + j * 8) * width
+          llvm.store(
+            zeros,
+            llvm.getelementptr(start.type, start, [], [at], byte, 0),
+            alignment=16,
+          )
+
+  zero(ref, first, last)
+  mosaic.commit_smem()
 
 
 def wait_if(condition: Any, barrier: Any) -> None:

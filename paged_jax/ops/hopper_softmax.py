@@ -78,8 +78,13 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
       def _():
         @pl.when(wg == 0)  # the tile is shared
         def _():
-          _zero_dead_rows(
-            inputs, c, v_smem.at[slot], low - position, high - position
+          backend.zero_dead_rows(
+            v_smem.at[slot],
+            low - position,
+            high - position,
+            interpret,
+            heads=c.kb,
+            step=c.step,
           )
 
         if c.consumers > 1:
@@ -180,21 +185,6 @@ def _seen(inputs, c, wg, s, sequence, position, low, high):
     theirs = (column >> _log2(step)) & (c.kb - 1)
     seen &= theirs == _across(head, c.tile)
   return seen
-
-
-def _zero_dead_rows(inputs, c, v_smem, low, high):
-  """Zeroes the rows of a V tile outside positions low .. high - 1."""
-  step, H = c.step, inputs.head_dim
-  columns = 64 if H >= 192 else H  # few registers are left beside acc
-  for i in range(c.tile // 64):
-    at = _iota((64, columns), 0, mosaic.Layout.WGMMA) + i * 64
-    if c.kb > 1:
-      at = (at >> _log2(c.kb * step)) * step + (at & (step - 1))
-    for j in range(0, H, columns):
-      part = v_smem.at[pl.ds(i * 64, 64), pl.ds(j, columns)]
-      v = mosaic.load(part, layout=mosaic.Layout.WGMMA)
-      part[...] = jnp.where((at >= low) & (at < high), v, jnp.zeros_like(v))
-  mosaic.commit_smem()
 
 
 def _write(
