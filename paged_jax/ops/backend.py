@@ -176,6 +176,19 @@ def tiled(columns: int, dtype: Any) -> tuple[Any, ...]:
   return (mosaic.TilingTransform(tile), mosaic.SwizzleTransform(swizzle))
 
 
+def blocked(columns: int, dtype: Any) -> tuple[int, int, tuple[Any, ...]]:
+  """Layout of SMEM as blocks of whole rows, [columns // width, rows, width].
+
+  WGMMA reads it as it does `tiled`, but a copy may begin at any row.
+
+  Returns:
+    The number of blocks, their width and the transforms.
+  """
+  tiling, swizzling = tiled(columns, dtype)
+  width = tiling.tiling[1]
+  return columns // width, width, (swizzling,)
+
+
 def matmul(
   a: Any,
   b: Any,
@@ -185,19 +198,27 @@ def matmul(
 ) -> Any:
   """Returns a @ b.T in float32, [64, n]; a [64, k] and b [n, k] in SMEM.
 
+  a is `tiled` or, with three axes, `blocked`.
+
   `meanwhile` is called when the product has been issued, before its end.
   """
   if interpret:
-    product = _simulated_dot(a[...], b[...].T)
+    rows = a[...]
+    if rows.ndim == 3:
+      rows = rows.swapaxes(0, 1).reshape(shape[0], -1)
+    product = _simulated_dot(rows, b[...].T)
     meanwhile()
     return product
-  operand = mosaic.RefType(tiled(a.shape[1], a.dtype))
+  operand = mosaic.RefType(tiled(b.shape[1], b.dtype))
+  left = operand
+  if a.ndim == 3:
+    left = mosaic.RefType(operand.transforms[1:])
   product_type = mosaic.ShapeDtypeStruct(
     shape, jnp.float32, layout=mosaic.Layout.WGMMA
   )
 
   @mosaic.inline_mgpu(
-    arg_types=(operand, operand), return_type=product_type
+    arg_types=(left, operand), return_type=product_type
   )
   def issue(ctx, a, b):
     del ctx
@@ -206,6 +227,8 @@ def matmul(
     )
     acc = mgpu.WGMMAAccumulator.from_registers(zeros, sync=False)
     nvvm.wgmma_fence_aligned()
+    if left is not operand:  # blocks, rows of 8, 8, width
+      a = mgpu.memref_transpose(mgpu.memref_unfold(a, 1, (None, 8)), (1, 0, 2, 3))
     b = mgpu.memref_transpose(b, (1, 0, 3, 2))
     before = len(ir.InsertionPoint.current.block.operations)
     acc = mgpu.wgmma(acc, a, b, swizzle=operand.transforms[1].swizzle)
@@ -425,6 +448,24 @@ def store_rows(
             memref.store(register, ref, place)
 
   store(ref, value, *indices)
+
+
+def store_block(ref: Any, value: Any, interpret: bool) -> None:
+  """Stores `value`, [64, width] in WGMMA's layout, into a block of `blocked`."""
+  if interpret:
+    ref[...] = value
+    return
+  *_, transforms = blocked(ref.shape[1], ref.dtype)
+
+  @mosaic.inline_mgpu(
+    arg_types=(mosaic.RefType(transforms), mosaic.Layout.WGMMA)
+  )
+  def store(ctx, ref, value):
+    del ctx
+    rows = mgpu.memref_unfold(ref, 0, (None, 8))
+    value.store_tiled(mgpu.memref_unsqueeze(rows, 1), transforms[0].swizzle)
+
+  store(ref, value)
 
 
 def zero_dead_rows(

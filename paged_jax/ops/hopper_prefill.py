@@ -58,14 +58,18 @@ def attend(
   dtype = inputs.query.dtype
   tables = [inputs.k_table] + ([inputs.v_table] if inputs.combined else [])
   sinks = () if inputs.sinks is None else (inputs.sinks,)
-  tiled = backend.tiled(H, dtype)
   out_dtype, out_rows = dtype, c.out_rows(T)
   lse_shape = (N, out_rows)  # neighbours are stored together
   if c.splits:
     out_dtype, out_rows = jnp.float32, c.splits * out_rows
     lse_shape = (out_rows, N)  # as the merge wants it
   barrier = mosaic.Barrier
-  stage = mosaic.SMEM((c.stages, c.tile, H), dtype, transforms=tiled)
+  stage = mosaic.SMEM(
+    (c.stages, c.tile, H), dtype, transforms=backend.tiled(H, dtype)
+  )
+  # Sequences begin at any row: where queries and output are copied.
+  blocks, width, of_query = backend.blocked(H, dtype)
+  out_blocks, out_width, of_out = backend.blocked(c.columns, out_dtype)
   kernel = backend.mosaic_call(
     functools.partial(_kernel, inputs, c, num_ctas, interpret),
     name="paged_prefill",
@@ -76,16 +80,16 @@ def attend(
       jax.ShapeDtypeStruct(lse_shape, jnp.float32),
     ),
     scratch=(
-      mosaic.SMEM((c.query_slots, c.rows, H), dtype, transforms=tiled),
+      mosaic.SMEM(
+        (c.query_slots, blocks, c.rows, width), dtype, transforms=of_query
+      ),
       stage,
       stage,
       mosaic.SMEM(
-        (c.rows, c.columns),
-        out_dtype,
-        transforms=backend.tiled(c.columns, out_dtype),
+        (out_blocks, c.rows, out_width), out_dtype, transforms=of_out
       ),
       barrier(
-        num_arrivals=max(heads for _, heads in c.kinds),
+        num_arrivals=blocks * max(heads for _, heads in c.kinds),
         num_barriers=c.query_slots,
       ),
       barrier(num_arrivals=c.consumers, num_barriers=c.query_slots),
@@ -100,11 +104,8 @@ def attend(
     interpret=interpret,
   )
   query = inputs.query.reshape(T, N * H)
-  # Copies go by 8 rows. One may run over the end: TMA fills with zeros, the
-  # interpreter raises.
-  padding = -T % 8 + (c.rows if interpret else 0)
-  if padding:
-    query = jnp.pad(query, ((0, padding), (0, 0)))
+  if interpret:  # a copy may run over the end: TMA fills up, this one raises
+    query = jnp.pad(query, ((0, c.rows), (0, 0)))
   folded = (-1, inputs.page_size, H)  # [L * P * K, p, H]
   out, lse = kernel(
     query,
@@ -167,7 +168,7 @@ def _kernel(inputs, c, num_ctas, interpret, *refs):
       interpret,
       wg,
       (out_ref, lse_ref, sinks_ref),
-      (q_smem.at[:, rows], k_smem, v_smem, o_smem.at[rows]),
+      (q_smem.at[:, :, rows], k_smem, v_smem, o_smem.at[:, rows]),
       barriers,
     )
 
@@ -184,8 +185,7 @@ def _walk(inputs, c, num_ctas, cta, tiles_ref, head_ref, body, fetching=False):
   listed, used = head_ref[0], head_ref[1]
   tokens, heads = c.kinds[-1]
   groups = -(-inputs.group_size // heads)
-  aligned = used - lax.rem(used, _i32(8))
-  beyond = lax.div(T - aligned + (tokens - 1), _i32(tokens)) * groups
+  beyond = lax.div(T - used + (tokens - 1), _i32(tokens)) * groups
   if fetching:  # nothing, for these
     beyond = 0
   items = (listed + jnp.where(used < T, beyond, 0)) * K
@@ -202,11 +202,10 @@ def _walk(inputs, c, num_ctas, cta, tiles_ref, head_ref, body, fetching=False):
   def listed_or_unowned(i, tile):
     """Behind the list: tokens that no sequence owns, "of length -1"."""
     z = lax.div(i, _i32(K)) - listed
-    first = aligned + lax.div(z, _i32(groups)) * tokens
+    first = used + lax.div(z, _i32(groups)) * tokens
     unowned = {
       plan_lib.TOKEN: first,
       plan_lib.ROWS: plan_lib.pack(
-        jnp.maximum(used - first, 0),
         jnp.minimum(T - first, tokens),
         lax.rem(z, _i32(groups)) * heads,
         len(c.kinds) - 1,

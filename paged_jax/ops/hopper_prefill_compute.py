@@ -197,18 +197,17 @@ def _split_rows(c, wg, kind):
 def _whole_tiles(inputs, c, tile):
   """The stretch of KV tiles that all rows see whole."""
   begin, end, at = (tile[j] for j in (plan.BEGIN, plan.END, plan.AT))
-  own, own_end, _, _ = plan.unpack(tile[plan.ROWS])
+  own, _, _ = plan.unpack(tile[plan.ROWS])
   size = _i32(c.tile)
-  first = at + own  # position of the first row
   seen = tile[plan.LENGTH]
   if inputs.causal:
-    seen = jnp.minimum(seen, first + 1)
+    seen = jnp.minimum(seen, at + 1)
   elif inputs.max_query_length > 1:
-    seen = jnp.where(first < 0, 0, seen)
+    seen = jnp.where(at < 0, 0, seen)
   stop = jnp.clip(lax.div(jnp.maximum(seen, 0), size), begin, end)
   if inputs.window is None:
     return begin, stop
-  low = jnp.maximum(at + own_end - inputs.window, 0)
+  low = jnp.maximum(at + own - inputs.window, 0)
   start = jnp.clip(lax.div(low + (c.tile - 1), size), begin, end)
   return start, jnp.maximum(stop, start)
 
@@ -256,7 +255,7 @@ def _add_sinks(inputs, c, tile, kv_head, head, sinks_ref, acc, m, l):
   G = inputs.group_size
   most = max(heads for _, heads in c.kinds)
   sink = jnp.zeros_like(m)
-  _, _, first_head, _ = plan.unpack(tile[plan.ROWS])
+  _, first_head, _ = plan.unpack(tile[plan.ROWS])
   for j in range(most):
     which = jnp.minimum(first_head + j, G - 1)
     value = sinks_ref[kv_head * G + which] * _LOG2E

@@ -29,6 +29,7 @@ def fetch(inputs, c, walk, interpret, layer, sources, buffers, barriers, warps):
   p, M, H, step = inputs.page_size, inputs.max_pages, inputs.head_dim, c.step
   K, G = inputs.num_kv_heads, inputs.group_size
   most = max(heads for _, heads in c.kinds)
+  blocks, width, _ = backend.blocked(H, inputs.query.dtype)
 
   def each(count, do):
     """Calls do(i) for this warp's share of 0 .. count - 1."""
@@ -52,19 +53,25 @@ def fetch(inputs, c, walk, interpret, layer, sources, buffers, barriers, warps):
 
   def queries(tile, kv_head, slot, tokens, heads):
     first = tile[plan.TOKEN]
-    _, _, first_head, _ = plan.unpack(tile[plan.ROWS])
+    _, first_head, _ = plan.unpack(tile[plan.ROWS])
 
     def one(j):
       head = kv_head * G + jnp.minimum(first_head + j, G - 1)
-      mosaic.copy_gmem_to_smem(
-        q_ref.at[pl.ds(first, tokens), pl.ds(head * H, H)],
-        q_smem.at[slot, pl.ds(j * tokens, tokens)],
-        q_full.at[slot],
-      )
+      for block in range(blocks):
+        columns = pl.ds(head * H + block * width, width)
+        mosaic.copy_gmem_to_smem(
+          q_ref.at[pl.ds(first, tokens), columns],
+          q_smem.at[slot, block, pl.ds(j * tokens, tokens)],
+          q_full.at[slot],
+        )
+
+    def none(_):
+      for _ in range(blocks):
+        mosaic.barrier_arrive(q_full.at[slot])
 
     each(heads, one)
     if most > heads:
-      each(most - heads, lambda _: mosaic.barrier_arrive(q_full.at[slot]))
+      each(most - heads, none)
 
   def item(tile, kv_head, done, n):
     b, begin = tile[plan.SEQUENCE], tile[plan.BEGIN]

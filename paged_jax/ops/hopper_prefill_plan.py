@@ -26,10 +26,9 @@ from jaxtyping import Array, Int
 from paged_jax.ops import hopper_tuning
 from paged_jax.ops.plan import Geometry
 
-# Columns of Work.tiles. A tile holds the tokens from `TOKEN` on, a multiple of
-# 8 since copies start there, the first at position `AT`. `ROWS` packs (see
-# `pack`) which of them are its own, from which head of the group on they are
-# computed, and the tile's kind. It walks KV tiles `BEGIN` .. `END` - 1 of
+# Columns of Work.tiles. A tile holds the tokens from `TOKEN` on, the first at
+# position `AT`. `ROWS` packs (see `pack`) how many are its own, from which head
+# of the group on they are computed, and the tile's kind. It walks KV tiles `BEGIN` .. `END` - 1 of
 # sequence `SEQUENCE`. Positions below `LOW` or not below `LENGTH` are dead.
 SEQUENCE, TOKEN, ROWS, AT, LENGTH, LOW, BEGIN, END = range(8)
 
@@ -150,14 +149,12 @@ def make_work(
   G, tile = geometry.num_heads // geometry.num_kv_heads, config.tile
   starts, stops = query_starts[:-1], query_starts[1:]
   queries = stops - starts
-  aligned = starts - starts % 8
-  span = jnp.where(queries > 0, stops - aligned, 0)
 
   def num_tiles(kind):
     tokens, heads = config.kinds[kind]
-    return -(-span // tokens) * -(-G // heads)
+    return -(-queries // tokens) * -(-G // heads)
 
-  kind = jnp.zeros_like(span)
+  kind = jnp.zeros_like(queries)
   if len(config.kinds) > 1:
     # A packed tile wastes rows; a long one does when it has few tokens.
     kind = (num_tiles(1) < num_tiles(0)).astype(jnp.int32)
@@ -165,29 +162,28 @@ def make_work(
     jnp.array([k[i] for k in config.kinds], jnp.int32)[kind] for i in range(2)
   )
   groups = -(-G // heads)
-  counts = -(-span // tokens) * groups
+  counts = -(-queries // tokens) * groups
   ends = jnp.cumsum(counts, dtype=jnp.int32)
   row = jnp.arange(_most_tiles(B, Q, G, config, num_tokens), dtype=jnp.int32)
   b = (ends[None, :] <= row[:, None]).sum(axis=1, dtype=jnp.int32)
   used, b = b < B, jnp.minimum(b, B - 1)
   within = row - (ends - counts)[b]
-  first = aligned[b] + within // groups[b] * tokens[b]
-  start = jnp.maximum(starts[b] - first, 0)
-  stop = jnp.minimum(stops[b] - first, tokens[b])
+  first = starts[b] + within // groups[b] * tokens[b]
+  own = jnp.minimum(stops[b] - first, tokens[b])
   at = lengths[b] - stops[b] + first
   high = lengths[b]
   low = tile_low = jnp.zeros_like(high)
   if geometry.causal:
-    high = jnp.clip(at + stop, 0, high)
+    high = jnp.clip(at + own, 0, high)
   if geometry.window is not None:
     low = jnp.maximum(lengths - queries - geometry.window + 1, 0)[b]
-    tile_low = jnp.maximum(at + start - geometry.window + 1, 0)
+    tile_low = jnp.maximum(at - geometry.window + 1, 0)
   begin = tile_low // tile
   end = jnp.maximum(-(-high // tile), begin)
   columns = (
     b,
     first,
-    pack(start, stop, within % groups[b] * heads[b], kind[b]),
+    pack(own, within % groups[b] * heads[b], kind[b]),
     at,
     lengths[b],
     low,
@@ -200,30 +196,30 @@ def make_work(
   return Work(tiles=tiles[order], head=head, config=config)
 
 
-def pack(start, stop, head, kind, split=0):
-  """One int32: own tokens start .. stop - 1, first head of the group, kind.
+def pack(own, head, kind, split=0):
+  """One int32: own tokens, first head of the group, kind.
 
   split: with Config.splits, which of the partials the tile writes.
   """
-  return start | stop << 8 | head << 16 | kind << 24 | split << 25
+  return own | head << 8 | kind << 16 | split << 17
 
 
 def unpack(rows):
-  """Returns (start, stop, head, kind); see `pack`."""
-  return rows & 255, rows >> 8 & 255, rows >> 16 & 255, rows >> 24 & 1
+  """Returns (own, head, kind); see `pack`."""
+  return rows & 255, rows >> 8 & 255, rows >> 16 & 1
 
 
 def split_of(rows):
   """Returns the split; see `pack`."""
-  return rows >> 25
+  return rows >> 17
 
 
 def _most_tiles(B, Q, G, config, num_tokens):
-  """A bound on the tiles of a step; a span is up to 7 tokens longer than Q."""
+  """A bound on the tiles of a step."""
   most = 0
   for tokens, heads in config.kinds:
-    bound = B * -(-(Q + 7) // tokens)
+    bound = B * -(-Q // tokens)
     if num_tokens is not None:
-      bound = min(bound, (num_tokens + 7 * B) // tokens + B)
+      bound = min(bound, num_tokens // tokens + B)
     most = max(most, bound * -(-G // heads))
   return most

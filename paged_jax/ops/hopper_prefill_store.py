@@ -22,12 +22,12 @@ def store(
   """Stores the rows of one warpgroup: by TMA where all are the tile's own."""
   (token, head), (out, lse) = places, values
   out_ref, lse_ref, o_smem = targets
-  H, G, columns = inputs.head_dim, inputs.group_size, c.columns
+  H, G = inputs.head_dim, inputs.group_size
   first = tile[plan.TOKEN]
-  start, stop, first_head, kind = plan.unpack(tile[plan.ROWS])
+  tokens_own, first_head, kind = plan.unpack(tile[plan.ROWS])
   heads_left = G - first_head
   first_head += kv_head * G
-  own = (token >= start) & (token < stop) & (head < heads_left)
+  own = (token < tokens_own) & (head < heads_left)
   for k, (_, heads) in enumerate(c.kinds):
     own &= (head < heads) | (kind != k)
   if c.splits:
@@ -43,27 +43,31 @@ def store(
 
   def by_tma(tokens):
     block = min(tokens, 64)
-    for j in range(0, H, columns):
+    width = o_smem.shape[2]
+    for j in range(0, H, c.columns):
       # The copies of the last item, or columns, must have been read.
       mosaic.wait_smem_to_gmem(0, wait_read_only=True)
-      o_smem[...] = out[:, j : j + columns]
+      columns = range(j, j + c.columns, width)
+      for x, column in enumerate(columns):
+        backend.store_block(
+          o_smem.at[x], out[:, column : column + width], interpret
+        )
       mosaic.commit_smem()
       for i in range(0, 64, block):
         at = wg * 64 + i
-        to = first_head + lax.div(at, _i32(tokens))
+        to = (first_head + lax.div(at, _i32(tokens))) * H
         rows = pl.ds(first + lax.rem(at, _i32(tokens)), block)
-        mosaic.copy_smem_to_gmem(
-          o_smem.at[pl.ds(i, block)],
-          out_ref.at[rows, pl.ds(to * H + j, columns)],
-        )
+        for x, column in enumerate(columns):
+          mosaic.copy_smem_to_gmem(
+            o_smem.at[x, pl.ds(i, block)],
+            out_ref.at[rows, pl.ds(to + column, width)],
+          )
 
   one_by_one = first >= 0
   for k, (tokens, heads) in enumerate(c.kinds):
-    if out_ref.shape[0] % 8:  # TMA would need the last rows of 8
-      break
     offset = lax.rem(wg * 64, _i32(tokens))
     whole = (kind == k) & (heads_left >= heads)
-    whole &= (start <= offset) & (stop >= offset + min(tokens, 64))
+    whole &= tokens_own >= offset + min(tokens, 64)
     if heads * tokens < c.rows:
       whole &= (wg + 1) * 64 <= heads * tokens
     pl.when(whole)(functools.partial(by_tma, tokens))

@@ -208,7 +208,7 @@ def _plan_prefix(length, used, geometry, num_tokens, num_ctas):
   columns = [whole.tiles[:, j, None] for j in range(lib.END + 1)]
   part = jnp.arange(config.splits, dtype=jnp.int32)
   steps = columns[lib.END]
-  columns[lib.ROWS] |= lib.pack(0, 0, 0, 0, part)
+  columns[lib.ROWS] |= lib.pack(0, 0, 0, part)
   columns[lib.AT] = jnp.zeros_like(steps)  # all see all of the prefix
   columns[lib.BEGIN] = steps * part // config.splits
   columns[lib.END] = steps * (part + 1) // config.splits

@@ -49,15 +49,14 @@ def test_tiles_hold_every_token_and_head_once(num_heads, known):
   group = num_heads // 2
   count = np.zeros((T, group), int)
   for tile in tiles:
-    start, stop, head, kind = plan_lib.unpack(tile[plan_lib.ROWS])
+    own, head, kind = plan_lib.unpack(tile[plan_lib.ROWS])
     tokens, heads = config.kinds[kind]
     first = tile[plan_lib.TOKEN]
-    assert first % 8 == 0 and 0 <= start < stop <= tokens
     b = tile[plan_lib.SEQUENCE]
-    assert starts[b] <= first + start and first + stop <= starts[b + 1]
-    at = lengths[b] - queries[b] + (first + start - starts[b])
-    assert tile[plan_lib.AT] + start == at
-    count[first + start : first + stop, head : head + heads] += 1
+    assert 0 < own <= tokens
+    assert starts[b] <= first and first + own <= starts[b + 1]
+    assert tile[plan_lib.AT] == lengths[b] - queries[b] + (first - starts[b])
+    count[first : first + own, head : head + heads] += 1
   assert (count == 1).all()
   assert int(work.head[1]) == T
 
@@ -67,15 +66,15 @@ def test_tiles_walk_what_their_rows_see_longest_first():
   steps = tiles[:, plan_lib.END] - tiles[:, plan_lib.BEGIN]
   assert (np.diff(steps) <= 0).all()
   for tile in tiles:
-    start, stop, _, _ = plan_lib.unpack(tile[plan_lib.ROWS])
-    low = max(tile[plan_lib.AT] + start - 199, 0)
+    own, _, _ = plan_lib.unpack(tile[plan_lib.ROWS])
+    low = max(tile[plan_lib.AT] - 199, 0)
     assert tile[plan_lib.BEGIN] == low // config.tile
-    assert tile[plan_lib.END] == -(-(tile[plan_lib.AT] + stop) // config.tile)
+    assert tile[plan_lib.END] == -(-(tile[plan_lib.AT] + own) // config.tile)
 
 
 def test_decode_rows_are_packed_and_long_prompts_are_not():
   tiles, config, _, _ = _work((512, 1), (512, 4000), num_heads=14)
-  kinds = plan_lib.unpack(tiles[:, plan_lib.ROWS])[3]
+  kinds = plan_lib.unpack(tiles[:, plan_lib.ROWS])[2]
   assert config.kinds == ((128, 1), (16, 7))
   assert (kinds == tiles[:, plan_lib.SEQUENCE]).all()
 

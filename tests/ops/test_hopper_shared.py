@@ -165,13 +165,13 @@ def test_parts_of_the_prefix_cover_it_once(num_heads, monkeypatch):
   steps = -(-pages * PAGE // config.tile)
   seen = np.zeros((config.out_rows(B), group, steps), int)
   for tile in tiles:
-    start, stop, head, kind = lib.unpack(tile[lib.ROWS])
+    own, head, kind = lib.unpack(tile[lib.ROWS])
     first, heads = tile[lib.TOKEN], config.kinds[kind][1]
     begin, end = tile[lib.BEGIN], tile[lib.END]
     split = lib.split_of(tile[lib.ROWS])
     assert tile[lib.AT] == 0  # or tokens would see nothing
     assert begin == steps * split // config.splits
-    seen[first + start : first + stop, head : head + heads, begin:end] += 1
+    seen[first : first + own, head : head + heads, begin:end] += 1
   assert (seen == 1).all()
 
 
