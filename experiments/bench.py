@@ -12,7 +12,8 @@ timed in turn, so that a busy moment hits all alike:
 
     model us    per layer, of --steps layers that share a plan, each on the
                 output of the one before, over the layers of one pool; launch
-                gaps and the plan included: what a model feels
+                gaps and the plan included: what a model feels. Decode on a GPU:
+                rounds of that in a device loop, as tokens are generated
     kernel us   sum of CUPTI kernel times per layer (GPU only)
 
 "hopper+batch_invariant" is hopper with a plan made with batch_invariant=True;
@@ -123,6 +124,7 @@ def _effort(phase: str, gpu: bool) -> cells.Effort:
     repeats=_REPEATS.value,
     ahead=6 if gpu else 1,
     most_layers=steps,
+    busy_us=20e3 if gpu else 0.0,
   )
 
 

@@ -179,7 +179,9 @@ def _run(group, effort, ceilings, seed, pool, jobs):
   for cell in group:
     name = cell.implementation
     row = cells.describe(cell, ceilings)
-    row |= dict(steps=effort.steps, layers=layers)
+    row |= dict(
+      steps=effort.steps, rounds=effort.rounds(shape), layers=layers
+    )
     rows.append(row)
     try:
       state, compiled = problem.state, jobs[name].result()
@@ -196,15 +198,18 @@ def _run(group, effort, ceilings, seed, pool, jobs):
       row.update(status="unsupported", error=cells.one_line(error))
     except Exception as error:
       row.update(status="failed", error=cells.one_line(error))
+  steps = effort.steps * effort.rounds(shape)
   futures.wait(list(jobs.values()))  # nothing compiles while times are taken
   model = timing.wall(
-    calls, steps=effort.steps, repeats=effort.repeats, seconds=effort.seconds
+    calls, steps=steps, repeats=effort.repeats, seconds=effort.seconds
   )
   for row in rows:
     name = row["implementation"]
     if name in calls:
       row |= cells.timed(model[name], row)
-      row |= cells.kernel_times(calls[name], effort)
+      row |= cells.kernel_times(
+        calls[name], steps=steps, repeats=effort.repeats
+      )
   return rows
 
 
@@ -213,7 +218,10 @@ def _peer(name, problem, source, effort):
   layers = effort.layers(problem.shape)
   state = peers.state(name, problem, source, layers)
   program = programs.chain(
-    peers.prepare(name, problem.shape), layers=layers, steps=effort.steps
+    peers.prepare(name, problem.shape),
+    layers=layers,
+    steps=effort.steps,
+    rounds=effort.rounds(problem.shape),
   )
   return state, program.lower(state, problem.query).compile()
 

@@ -30,6 +30,7 @@ from experiments.common import programs, shapes, timing, verify
 FAILED = ("wrong", "failed")
 
 # The truth is run once: trying many matmul algorithms on it is wasted.
+_MOST_ROUNDS = 100
 _QUICK = {"xla_gpu_autotune_level": 0}
 
 
@@ -73,6 +74,8 @@ class Effort:
     repeats: samples, at least.
     ahead: shapes compiled at once.
     most_layers: L at most.
+    busy_us: how long a timed program of decode layers is to run, at least;
+      rounds of the layers are added until it should.
   """
 
   steps: int
@@ -81,9 +84,17 @@ class Effort:
   repeats: int
   ahead: int
   most_layers: int = 32
+  busy_us: float = 0.0
 
   def layers(self, shape: shapes.Shape) -> int:  # L
     return programs.pool_layers(shape, self.cold_bytes, self.most_layers)
+
+  def rounds(self, shape: shapes.Shape) -> int:
+    """How often a timed program visits its layers."""
+    if not shape.decode:
+      return 1
+    least = self.steps * max(shape.bytes / 3e6, 2.0)  # at 3000 GB/s, in us
+    return min(max(math.ceil(self.busy_us / least), 1), _MOST_ROUNDS)
 
   def takes_first(self, shape: shapes.Shape) -> bool:
     """Whether a program is told where to begin: it visits a part of L."""
@@ -159,6 +170,7 @@ def compile_ahead(
       programs.ours(shape, cell.implementation, cell.interpret or None),
       layers=layers,
       steps=1 if cell.interpret else effort.steps,
+      rounds=1 if cell.interpret else effort.rounds(shape),
     )
     first = jax.ShapeDtypeStruct((), np.int32)
     args = (first,) if effort.takes_first(shape) else ()
@@ -273,11 +285,13 @@ def one_line(error: Exception) -> str:
 
 
 def _time(compiled, problem, effort, ceilings):
-  shape, steps = problem.shape, effort.steps
+  shape = problem.shape
   first = [()]
   if effort.takes_first(shape):
-    first = [(jnp.int32(i),) for i in range(effort.layers(shape))][::steps]
+    first = [(jnp.int32(i),) for i in range(effort.layers(shape))]
+    first = first[:: effort.steps]
   first = itertools.cycle(first)
+  steps = effort.steps * effort.rounds(shape)
 
   def call():
     return compiled(problem.state, problem.query, *next(first))
@@ -287,7 +301,8 @@ def _time(compiled, problem, effort, ceilings):
   )[""]
   row = dict(bytes=shape.bytes, flops=shape.flops,
              limit_us=ceilings.limit_us(shape.bytes, shape.flops))
-  return timed(model, row) | kernel_times(call, effort)
+  kernel = kernel_times(call, steps=steps, repeats=effort.repeats)
+  return timed(model, row) | kernel
 
 
 def timed(model: timing.Timing, row: dict[str, Any]) -> dict[str, Any]:
@@ -296,10 +311,10 @@ def timed(model: timing.Timing, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def kernel_times(
-  call: Callable[[], object], effort: Effort
+  call: Callable[[], object], *, steps: int, repeats: int
 ) -> dict[str, Any]:
   """Returns the sum of a call's kernels and each of them; {} off a GPU."""
-  measured = timing.kernels(call, steps=effort.steps, repeats=effort.repeats)
+  measured = timing.kernels(call, steps=steps, repeats=repeats)
   if measured is None:
     return {}
   kernel, names = measured

@@ -12,6 +12,7 @@ import inspect
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -91,7 +92,7 @@ def ours(
 
 
 def chain(
-  prepare: Callable[[Any], Attend], *, layers: int, steps: int
+  prepare: Callable[[Any], Attend], *, layers: int, steps: int, rounds: int = 1
 ) -> Callable[..., tuple[Array, Array]]:
   """Returns the jitted (state, query, first=0) -> (first, last output).
 
@@ -102,16 +103,30 @@ def chain(
     prepare: state -> attend, as from `ours` or `peers`.
     layers: L; step i attends to layer (first + i) % L. Passing `first` traced
       lets a short program visit all layers, call by call.
-    steps: attention layers in the program, at least 1.
+    steps: attention layers of a round, at least 1.
+    rounds: how often the program does all of it, plan included, as a loop on
+      the device: what starting a program costs is shared by so many.
   """
 
-  def program(state, query, first=0):
+  def one_round(state, query, first):
     attend = prepare(state)
     outputs = []
     for step in range(steps):
       query = attend(query, (first + step) % layers)
       outputs.append(query)
     return outputs[0], outputs[-1]
+
+  def program(state, query, first=0):
+    if rounds == 1:
+      return one_round(state, query, first)
+
+    def body(i, carry):
+      # Tied to the query, or the plan would be taken out of the loop.
+      held, query = lax.optimization_barrier((state, carry[1]))
+      output, last = one_round(held, query, first)
+      return jnp.where(i == 0, output, carry[0]), last
+
+    return lax.fori_loop(0, rounds, body, (jnp.zeros_like(query), query))
 
   return jax.jit(program)
 

@@ -81,7 +81,9 @@ def run(
     name = row["implementation"]
     if name in writers:
       row |= cells.timed(model[name], row)
-      row |= cells.kernel_times(writers[name], effort)
+      row |= cells.kernel_times(
+        writers[name], steps=effort.steps, repeats=effort.repeats
+      )
   return rows
 
 
