@@ -91,10 +91,12 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
   prefill.implementation = config_dict.placeholder(str)  # None: automatic
   prefill.gpu = config_dict.ConfigDict()
   prefill.gpu.dtype = "bfloat16"
+  # Of jax.nn.dot_product_attention in the standard path: xla or cudnn.
+  prefill.gpu.standard = "cudnn"
   prefill.gpu.num_layers = config_dict.placeholder(int)  # None: all
   prefill.gpu.batch, prefill.gpu.warmup, prefill.gpu.repeats = 4, 3, 20
   prefill.cpu = config_dict.ConfigDict()
-  prefill.cpu.dtype = "float32"
+  prefill.cpu.dtype, prefill.cpu.standard = "float32", "xla"
   prefill.cpu.num_layers = 1
   prefill.cpu.batch, prefill.cpu.warmup, prefill.cpu.repeats = 1, 1, 5
 

@@ -7,7 +7,8 @@
 Each call gets tokens and leaves the logits of every row's last token; pools are
 donated from call to call. All paths take turns, so that a busy moment of the
 machine hits all alike. A call is a whole model over a whole batch: long enough
-for a host clock that waits for its end.
+for a host clock that waits for its end. On a GPU the kernels of a call are
+looked at as well, after the timed runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from experiments.common import loading, standard_run, tolerance
+from experiments.common import loading, standard_run, timing, tolerance
 from paged_jax.cache import page_table as page_table_lib
 from paged_jax.cache import permute
 from paged_jax.cache import pool as pool_lib
@@ -43,7 +44,8 @@ class Plan:
   chunks: tuple[int, ...]  # tokens of a row a step
   warmup: int  # calls of each path, untimed
   repeats: int  # timed calls of each path
-  implementation: str | None
+  implementation: str | None  # of paged_attention
+  standard: str  # of jax.nn.dot_product_attention: "xla" or "cudnn"
   headline: str
 
 
@@ -55,6 +57,8 @@ class Timing:
   ms: list[float]
   num_tokens: int  # of the whole batch
   logits: tolerance.Comparison | None  # with the standard path's
+  # Of one call, on a GPU: {kernel name: (launches, us)}.
+  kernels: Mapping[str, tuple[float, float]] | None = None
 
   def figures(self, standard: "Timing") -> dict[str, Any]:
     """Returns times in ms, tokens/s of the batch, and time / standard's."""
@@ -87,6 +91,14 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     name: loading.positive(f"prefill.cpu/gpu.{name}", scale[name])
     for name in ("batch", "warmup", "repeats")
   }
+  standard = loading.one_of(
+    "prefill.cpu/gpu.standard", scale["standard"], ("xla", "cudnn")
+  )
+  if standard == "cudnn" and scale["dtype"] == "float32":
+    raise ValueError(
+      "config.prefill.gpu.standard is 'cudnn', which knows half precision "
+      "only, and dtype is 'float32': pass standard 'xla'"
+    )
   spec = dict(
     name=section["model"],
     weights=section["weights"],
@@ -106,6 +118,7 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     warmup=sizes["warmup"],
     repeats=sizes["repeats"],
     implementation=section["implementation"],
+    standard=standard,
     headline=(
       f"{loaded.title}, {spec['dtype']} on {loading.device()}: "
       f"batch {sizes['batch']}, {length} tokens each, pages of {page_size}; "
@@ -126,10 +139,11 @@ def run(plan: Plan) -> list[Timing]:
   logits = {name: np.asarray(call()) for name, call in calls.items()}
   exact = naive = None
   if plan.model.config.dtype != "float32":
-    exact_model = standard_run.in_float32(plan.model)
-    whole = dataclasses.replace(plan, model=exact_model)
-    exact, naive = np.asarray(standard_call(whole)()), logits["standard"]
+    exact, naive = _exact(plan), logits["standard"]
   ms = measure(calls, plan.warmup, plan.repeats)
+  kernels = {
+    name: timing.kernels(call, repeats=3) for name, call in calls.items()
+  }
   return [
     Timing(
       name=name,
@@ -138,9 +152,18 @@ def run(plan: Plan) -> list[Timing]:
       logits=None if name == "standard" else tolerance.compare(
         name, logits[name], logits["standard"], exact=exact, naive=naive
       ),
+      kernels=kernels[name] and kernels[name][1],
     )
     for name in calls
   ]
+
+
+def _exact(plan: Plan) -> Float[np.ndarray, "B vocab"]:
+  """Returns the logits of the same weights in float32, and frees its copy."""
+  model = standard_run.in_float32(plan.model)
+  plan = dataclasses.replace(plan, model=model, standard="xla")
+  with jax.default_matmul_precision("highest"):  # no TF32
+    return np.asarray(standard_call(plan)())
 
 
 def measure(
@@ -169,7 +192,9 @@ def standard_call(plan: Plan) -> Call:
   @functools.partial(jax.jit, donate_argnames="cache")
   def step(weights, cache, tokens, lengths):
     model = nnx.merge(graph, weights)
-    return contiguous.prefill(model, cache, tokens, lengths)
+    return contiguous.prefill(
+      model, cache, tokens, lengths, implementation=plan.standard
+    )
 
   def call():
     nonlocal cache
@@ -256,15 +281,15 @@ def table(timings: Sequence[Timing]) -> str:
   head = ("", "avg ms", "min ms", "max ms", "median ms", "tokens/s",
           "/ standard")
   lines = ["{:12}{:>10}{:>10}{:>10}{:>11}{:>11}{:>12}".format(*head)]
-  for timing in timings:
-    f = timing.figures(timings[0])
+  for path in timings:
+    f = path.figures(timings[0])
     line = (
-      f"{timing.name:12}{f['avg_ms']:10.2f}{f['min_ms']:10.2f}"
+      f"{path.name:12}{f['avg_ms']:10.2f}{f['min_ms']:10.2f}"
       f"{f['max_ms']:10.2f}{f['median_ms']:11.2f}{f['tokens_per_s']:11.0f}"
       f"{f['ratio']:12.3f}"
     )
-    if timing.logits is not None:
-      problem = timing.logits.problem
+    if path.logits is not None:
+      problem = path.logits.problem
       line += f"  logits {f'FAIL: {problem}' if problem else 'ok'}"
     lines.append(line)
   return "\n".join(lines)

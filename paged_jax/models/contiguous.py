@@ -72,6 +72,7 @@ def prefill(
   num_tokens: Int[Array, "B"],
   *,
   every: bool = False,
+  implementation: str | None = None,
 ) -> tuple[
   Float[Array, "B vocab"] | Float[Array, "B S0 vocab"], ContiguousCache
 ]:
@@ -83,13 +84,17 @@ def prefill(
     tokens: int32 [B, S0], prompts, padded at the right with any id.
     num_tokens: int32 [B], tokens of each prompt, 1..S0.
     every: whether the logits of all tokens are wanted (static).
+    implementation: of `jax.nn.dot_product_attention`: "xla", "cudnn" or None
+      for its default.
 
   Returns:
     (logits of each row's last token [B, vocab] float32, cache); with `every`
     of all tokens [B, S0, vocab], meaningless where a prompt has none.
   """
   B, S = tokens.shape
-  attend = functools.partial(_attend_new, batch=B)
+  attend = functools.partial(
+    _attend_new, batch=B, implementation=implementation
+  )
   rows = None if every else jnp.arange(B) * S + num_tokens - 1
   logits, cache = model(
     tokens.reshape(-1), cache, _fresh(B, S), rows=rows, attend=attend
@@ -132,12 +137,18 @@ def _attend_new(
   layer: int,
   config: AttentionConfig,
   batch: int,
+  implementation: str | None = None,
 ):
   """Causal attention within the new tokens of `batch` rows."""
   q, k, v = (x.reshape(batch, -1, *x.shape[1:]) for x in (q, k, v))
   _check(config)
   out = jax.nn.dot_product_attention(
-    q, k, v, is_causal=True, local_window_size=_window(config)
+    q,
+    k,
+    v,
+    is_causal=True,
+    local_window_size=_window(config),
+    implementation=implementation,
   )
   if cache is not None:
     put = lambda old, new: old.at[:, : new.shape[1]].set(new)

@@ -2,13 +2,20 @@
 
 import dataclasses
 import json
+import types
 
+from flax import nnx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import qwen
 from experiments import prefill
-from experiments.common import prefilling
+from experiments.common import ceilings, model_work, prefilling, timing
+from paged_jax.models import config as model_config
+from paged_jax.models import contiguous
+from paged_jax.models.transformer import Transformer
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +113,8 @@ def test_pages_are_scattered(config):
     (dict(prefill=dict(model="qwen2.5-05b")), "did you mean"),
     (dict(prefill=dict(weights="/nowhere.gguf")), "there is no such file"),
     (dict(prefill=dict(cpu=dict(dtype="float8"))), "config.model.dtype"),
+    (dict(prefill=dict(cpu=dict(standard="cuda"))), "gpu.standard is 'cuda'"),
+    (dict(prefill=dict(cpu=dict(standard="cudnn"))), "half precision only"),
   ],
 )
 def test_bad_config(config, change, message):
@@ -120,3 +129,84 @@ def test_a_config_without_the_section(config, tmp_path):
   del bad.prefill
   with pytest.raises(ValueError, match="no section prefill"):
     prefill.run(bad, tmp_path)
+
+
+def test_the_standard_path_attends_as_configured(config, monkeypatch):
+  seen, dense = [], jax.nn.dot_product_attention
+
+  def spy(*args, implementation, **kwargs):
+    seen.append(implementation)
+    return dense(*args, **kwargs)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+  config = config.copy_and_resolve_references()
+  config.prefill.cpu.dtype, config.prefill.cpu.standard = "bfloat16", "cudnn"
+  plan = prefilling.make_plan(config)
+  prefilling.standard_call(plan)()
+  assert seen == ["cudnn"]
+  prefilling._exact(plan)  # float32, which cuDNN does not know
+  assert seen == ["cudnn", "xla"]
+
+
+def test_a_gpu_is_told_of_its_efficiency(config, tmp_path, capsys, monkeypatch):
+  # What CUPTI would see: launches and us.
+  kernels = {
+    "nvjet_sm90_tst_256x128": (4, 3e3),
+    "paged_prefill_mosaic_gpu_kernel": (1, 500.0),
+    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop": (1, 250.0),
+    "write_kv": (1, 20.0),
+    "loop_dynamic_update_slice_fusion": (1, 30.0),
+    "loop_multiply_fusion": (9, 700.0),
+  }
+  top = types.SimpleNamespace(matmul_tflops=2.0)
+  monkeypatch.setattr(timing, "kernels", lambda call, repeats: (None, kernels))
+  monkeypatch.setattr(ceilings, "measure", lambda dtype: top)
+  assert prefill.run(config, tmp_path) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert "matmul ceiling 2 TFLOP/s" in lines[5]
+  assert [line[:8].strip() for line in lines[7:10]] == [
+    "standard", "paged", "chunk 8"
+  ]
+  for row in [json.loads(x) for x in (tmp_path / "qwen_tiny.jsonl").open()]:
+    assert row["kernels_ms"] == pytest.approx(4.5)
+    assert row["attention_ms"] == pytest.approx(0.75)
+    assert row["writes_ms"] == pytest.approx(0.05)
+    assert row["matmuls_ms"] == 3 and row["rest_ms"] == pytest.approx(0.7)
+    assert row["attention_share"] == pytest.approx(0.75 / row["median_ms"])
+    flops = row["dense_flops"] + row["attention_flops"]
+    assert row["tflops"] == pytest.approx(flops / 1e9 / row["median_ms"])
+    assert row["mfu"] == pytest.approx(row["tflops"] / 2)
+    assert row["kernels"][0] == ["nvjet_sm90_tst_256x128", 4, 3e3]
+
+
+def test_flops_are_those_of_the_products():
+  # Every product of the standard path, whose attention is the full square.
+  config = model_config.named("tiny", dtype="float32")
+  B, S = 2, 11
+  model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+  graph, weights = nnx.split(model)
+  cache = contiguous.create_cache(config, num_sequences=B, max_length=S)
+
+  def call(weights, cache):
+    tokens, lengths = jnp.zeros((B, S), jnp.int32), jnp.full(B, S)
+    return contiguous.prefill(nnx.merge(graph, weights), cache, tokens, lengths)
+
+  square = 4 * B * S * S * config.num_heads * config.head_dim * 2  # layers
+  work = model_work.of_prefill(config, B, S)
+  found = _product_flops(jax.make_jaxpr(call)(weights, cache).jaxpr)
+  assert found == work.dense + square
+  assert work.attention == square * (S + 1) // (2 * S)
+
+
+def _product_flops(jaxpr):
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      (contracted, _), _ = eqn.params["dimension_numbers"]
+      shape = eqn.invars[0].aval.shape
+      depth = np.prod([shape[axis] for axis in contracted])
+      total += 2 * depth * eqn.outvars[0].aval.size
+    for value in eqn.params.values():
+      if hasattr(value, "jaxpr"):
+        total += _product_flops(value.jaxpr)
+  return total
