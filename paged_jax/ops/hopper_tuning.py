@@ -172,7 +172,7 @@ def choose(
     width=width,
   )
   room = _SMEM_BYTES // config.ctas_per_sm - _RESERVED - fixed_bytes(config, H)
-  stages = given.get("stages", min(8, room // (2 * tile * H * 2)))
+  stages = min(given.get("stages", 8), room // (2 * tile * H * 2))
   return dataclasses.replace(config, stages=stages)
 
 

@@ -1,5 +1,6 @@
 """The tuner of the Hopper decode kernel: what it tries, what it keeps."""
 
+import dataclasses
 import importlib.resources
 import json
 
@@ -10,7 +11,7 @@ from experiments.common import cells, shapes, tuning
 from paged_jax.ops import hopper_tuning
 
 
-def test_candidates_differ_from_the_rule_and_from_each_other():
+def test_candidates_are_many_and_all_fit():
   shape = shapes.named()["qwen2.5-0.5b_dec_b64_c4096_p16_const"]
   tried = tuning.candidates(shape)
   assert tried[0] == {} and dict(tile=256, kb=2) in tried
@@ -20,7 +21,7 @@ def test_candidates_differ_from_the_rule_and_from_each_other():
     )
     for overrides in tried
   ]
-  assert len(set(configs)) == len(configs)
+  assert len(set(configs)) > 10
   assert all(config.stages >= 2 for config in configs)
 
 
@@ -50,6 +51,22 @@ def test_a_candidate_that_failed_on_a_shape_does_not_win():
   assert tuning.winners(rows) == []
 
 
+def test_a_geometry_keeps_its_row_until_all_its_shapes_are_timed():
+  known = [
+    dataclasses.replace(
+      shapes.named()["llama3-8b_dec_b64_c8192_p16_const"], name=name
+    )
+    for name in "ab"
+  ]
+  key = hopper_tuning.table_key(tuning.geometry(known[0]), 64)
+  old = [key | dict(set=dict(kb=1), ratio=0.9, shapes=["a", "b"])]
+  rows = _rows(key, [({}, (1, 1)), (dict(tile=64), (0.5, 0.5))])
+  some = [row for row in rows if row["name"] == "a"]
+  assert tuning.table(some, old, known) == old
+  (new,) = tuning.table(rows, old, known)
+  assert new == key | dict(set=dict(tile=64), ratio=0.5, shapes=["a", "b"])
+
+
 def test_every_row_of_the_table_is_a_valid_choice():
   path = importlib.resources.files("paged_jax") / "data" / "hopper_decode.json"
   known = shapes.named()
@@ -75,7 +92,24 @@ def test_a_shape_is_tuned():
   effort = cells.Effort(
     steps=1, cold_bytes=0, seconds=0.0, repeats=2, ahead=1, most_layers=1
   )
-  rows = list(tuning.run([shape], effort, seed=0))
+  said = []
+  (rows,) = tuning.run([shape], effort, seed=0, say=said.append)
+  assert said == ["compiled tiny"]
   assert len(rows) == len(tuning.candidates(shape)) > 1
   assert {row["status"] for row in rows} == {"ok"}
   assert rows[0]["ratio"] == 1
+  assert list(tuning.run([shape], effort, 0, seconds=0, say=said.append)) == []
+  assert "out of time" in said[-1]
+
+
+def test_a_process_that_dies_costs_its_shape_only():
+  shape = shapes.Shape(
+    name="no such head", phase="decode", batch=2, num_heads=2, num_kv_heads=1,
+    head_dim=48, page_size=16, context=40, dtype="bfloat16",
+  )
+  effort = cells.Effort(
+    steps=1, cold_bytes=0, seconds=0.0, repeats=2, ahead=1, most_layers=1
+  )
+  said = []
+  assert list(tuning.run([shape], effort, 0, say=said.append)) == []
+  assert said[0] == "failed: no such head, see above"
