@@ -198,12 +198,12 @@ def matmul(
 ) -> Any:
   """Returns a @ b.T in float32, [64, n]; a [64, k] and b [n, k] in SMEM.
 
-  a is `tiled` or, with three axes, `blocked`.
+  a is `tiled` or, with three axes, `blocked`; or in registers.
 
   `meanwhile` is called when the product has been issued, before its end.
   """
   if interpret:
-    rows = a[...]
+    rows = a[...] if _is_ref(a) else a
     if rows.ndim == 3:
       rows = rows.swapaxes(0, 1).reshape(shape[0], -1)
     product = _simulated_dot(rows, b[...].T)
@@ -211,7 +211,9 @@ def matmul(
     return product
   operand = mosaic.RefType(tiled(b.shape[1], b.dtype))
   left = operand
-  if a.ndim == 3:
+  if not _is_ref(a):
+    left = mosaic.Layout.WGMMA
+  elif a.ndim == 3:
     left = mosaic.RefType(operand.transforms[1:])
   product_type = mosaic.ShapeDtypeStruct(
     shape, jnp.float32, layout=mosaic.Layout.WGMMA
@@ -227,7 +229,7 @@ def matmul(
     )
     acc = mgpu.WGMMAAccumulator.from_registers(zeros, sync=False)
     nvvm.wgmma_fence_aligned()
-    if left is not operand:  # blocks, rows of 8, 8, width
+    if not isinstance(left, mosaic.Layout) and left is not operand:
       a = mgpu.memref_transpose(mgpu.memref_unfold(a, 1, (None, 8)), (1, 0, 2, 3))
     b = mgpu.memref_transpose(b, (1, 0, 3, 2))
     before = len(ir.InsertionPoint.current.block.operations)
@@ -247,6 +249,35 @@ def matmul(
   product = issue(a, b)
   meanwhile()
   return wait(product)
+
+
+def _is_ref(x: Any) -> bool:
+  return not isinstance(x, jax.Array)
+
+
+def load_blocks(ref: Any, interpret: bool) -> Any:
+  """Returns `blocked` rows, [64, columns], in WGMMA's layout."""
+  blocks, rows, width = ref.shape
+  if interpret:
+    return ref[...].swapaxes(0, 1).reshape(rows, blocks * width)
+  *_, transforms = blocked(width, ref.dtype)
+
+  @mosaic.inline_mgpu(
+    arg_types=(mosaic.RefType(transforms),),
+    return_type=mosaic.ShapeDtypeStruct(
+      (rows, blocks * width), ref.dtype, layout=mosaic.Layout.WGMMA
+    ),
+  )
+  def load(ctx, ref):
+    del ctx
+    tiles = mgpu.memref_transpose(
+      mgpu.memref_unfold(ref, 1, (None, 8)), (1, 0, 2, 3)
+    )
+    return mgpu.FragmentedArray.load_tiled(
+      tiles, transforms[0].swizzle, layout=mgpu.WGMMA_LAYOUT
+    )
+
+  return load(ref)
 
 
 def _overwrite_accumulator(before: int) -> None:

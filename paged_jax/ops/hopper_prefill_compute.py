@@ -97,7 +97,7 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
         pl.when(i + 1 == end)(pass_turn)
 
       logits = backend.matmul(
-        q_smem.at[q_slot],
+        query if c.query_in_registers else q_smem.at[q_slot],
         k_smem.at[slot],
         (64, size),
         interpret,
@@ -105,9 +105,11 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
       )
       mosaic.barrier_arrive(k_free.at[slot])
 
-      @pl.when(i + 1 == end)
-      def _():
-        mosaic.barrier_arrive(q_free.at[q_slot])
+      if not c.query_in_registers:
+
+        @pl.when(i + 1 == end)
+        def _():
+          mosaic.barrier_arrive(q_free.at[q_slot])
 
       factor = unit  # logits times this are in units of log2
       if inputs.soft_cap is not None:
@@ -155,9 +157,19 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
       mosaic.barrier_arrive(v_free.at[slot])
       return acc, m_new, l
 
+    query = None
+    if c.query_in_registers:
+      backend.wait_if(begin < end, q_full.at[q_slot])
+      query = backend.load_blocks(q_smem.at[q_slot], interpret)
+
+      @pl.when(begin < end)
+      def _():
+        mosaic.barrier_arrive(q_free.at[q_slot])
+
     @pl.when(begin < end)
     def _():
-      mosaic.barrier_wait(q_full.at[q_slot])
+      if not c.query_in_registers:
+        mosaic.barrier_wait(q_full.at[q_slot])
       mosaic.barrier_wait(k_full.at[slot_of(begin)])
       take_turn()
 
