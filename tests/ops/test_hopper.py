@@ -38,6 +38,7 @@ GEOMETRY = Geometry(
     ((0, 5, 0, 0, 300), (0, 2, 1, 0, 3), None),
     ((700, 12, 350), None, 37),
     ((90, 33), (4, 1), 16),
+    ((40, 129, 16), (1, 0, 2), None),
   ],
 )
 def test_shares_cover_every_page_once(cut, num_ctas, lengths, queries, window):
@@ -330,6 +331,28 @@ def _invariant(made):
   )
   assert plan.work.config.cut == hopper_tuning.FIXED
   return data.call(made, None, plan=plan)
+
+
+@needs_interpreter
+def test_slots_before_a_long_window_are_not_seen():
+  """The window begins in a tile that does not hold its end."""
+  made = data.problem(57, lengths=(229,), N=4, K=2, H=64, p=16,
+                      dtype=jnp.bfloat16, window=100)
+  page = int(made.page_table[0, 8])  # positions 128 ..; 129 are not seen
+  hidden = made.replace(
+    k_pages=made.k_pages.at[page, :, :1].set(jnp.inf),
+    v_pages=made.v_pages.at[page, :, :1].set(jnp.inf),
+  )
+  data.assert_right(made, *data.call(hidden, "hopper"))
+
+
+@needs_interpreter
+def test_many_partials_are_merged(monkeypatch):
+  """21 of them: as many as are merged at a time, and a rest in two steps."""
+  monkeypatch.setattr(hopper_tuning, "_INVARIANT_TOKENS", 16)
+  made = data.problem(59, lengths=(330,), N=8, K=4, H=64, p=16,
+                      dtype=jnp.bfloat16, sinks=True)
+  data.assert_right(made, *_invariant(made))
 
 
 def test_batch_invariance_is_for_hopper_only():

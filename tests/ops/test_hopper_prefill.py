@@ -114,6 +114,8 @@ def test_mixed_batch_with_unaligned_starts():
     dict(N=20, K=1, combined=True),  # 20 heads: two groups, one of 4
     dict(N=2, K=2, window=70, soft_cap=4.0),
     dict(N=4, K=1, causal=False, T=183),  # T is no multiple of 8
+    # The window of some rows begins amid the first tile that others see whole.
+    dict(query_lengths=(20,), lengths=(440,), N=2, K=1, window=300),
   ],
 )
 def test_mixed_batch_variants(more):

@@ -298,6 +298,15 @@ def test_shared_lengths_never_recompile():
     data.assert_right(made, out, lse)
 
 
+def test_parts_that_no_tile_wrote_may_hold_anything():
+  nothing = jnp.full((2, 3, 4, 8), jnp.nan)
+  own = jnp.arange(96.0).reshape(3, 4, 8)
+  lse = jnp.zeros((3, 4))
+  takes = jnp.zeros(3, bool)
+  got = hopper_shared._merge(nothing, nothing[..., 0], takes, own, lse)
+  data.assert_same_bits(got, (own, lse))
+
+
 # --- asking for it ------------------------------------------------------------
 
 

@@ -1,9 +1,10 @@
-"""Removes mask lines one at a time; a conformance test must notice each.
+"""Breaks lines one at a time: masks, zeros, merges; a test must notice each.
 
     python -m pytest -m slow tests/torture/test_mutants.py
 
 Each mutant is a copy of the package with one expression replaced. The test
-named beside it runs on the copy and has to fail.
+named beside it runs on the copy and has to fail. What is named by its place is
+that test; anything else, a test of the implementation's conformance suite.
 """
 
 import pathlib
@@ -11,7 +12,10 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from tests.torture import mutants_hopper
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -158,11 +162,16 @@ MUTANTS = {
     "live = piece < pieces + 1",
     "test_ragged_lengths",
   ),
+} | {
+  f"hopper: {name}": mutant for name, mutant in mutants_hopper.MUTANTS.items()
 }
 
 
 def _run(folder, test, file):
   implementation = file.removesuffix(".py").partition("_")[0]
+  which = [f"tests/conformance/test_{implementation}.py", "-k", test]
+  if "::" in test:
+    which = [test, "-m", "slow or not slow"]
   return subprocess.run(
     [
       sys.executable,
@@ -172,9 +181,7 @@ def _run(folder, test, file):
       "-q",
       "-p",
       "no:cacheprovider",
-      f"tests/conformance/test_{implementation}.py",
-      "-k",
-      test,
+      *which,
     ],
     cwd=folder,
     capture_output=True,
@@ -192,7 +199,9 @@ def _copy(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_conformance_test_notices(name, tmp_path):
+def test_a_test_notices(name, tmp_path):
+  if name.startswith("hopper: ") and jax.__version_info__ < (0, 11):
+    pytest.skip("hopper needs jax 0.11")
   file, old, new, test = MUTANTS[name]
   _copy(tmp_path)
   path = tmp_path / "paged_jax" / "ops" / file

@@ -1,0 +1,321 @@
+"""Mutants of the Hopper kernels: see test_mutants.py.
+
+The tests that must fail are interpreted on a CPU, the quick ones of tests/ops
+where one will do.
+"""
+
+_DECODE = "tests/ops/test_hopper.py::test_kernels[{}]"
+_PLAN = "tests/ops/test_hopper.py::test_shares_cover_every_page_once"
+_SUITE = "tests/conformance/test_hopper.py::{}"
+_PREFILL = "tests/ops/test_hopper_prefill.py::{}"
+_MIXED = _PREFILL.format("test_mixed_batch_with_unaligned_starts")
+_VARIANT = _PREFILL.format("test_mixed_batch_variants[more{}]")
+_SHARED = "tests/ops/test_hopper_shared.py::{}"
+
+# (file, expression, replacement, a test that must fail)
+MUTANTS = {
+  # Decode: masks.
+  "keys before the window seen": (
+    "hopper_softmax.py",
+    "seen = (at >= low) & (at < high)",
+    "seen = at < high",
+    _DECODE.format("window"),
+  ),
+  "keys past the length seen": (
+    "hopper_softmax.py",
+    "seen = (at >= low) & (at < high)",
+    "seen = at >= low",
+    _DECODE.format("bundles of tiny pages"),
+  ),
+  "keys of the bundle's other heads seen": (
+    "hopper_softmax.py",
+    "seen &= theirs == _across(head, c.tile)",
+    "seen &= theirs >= 0",
+    _DECODE.format("bundles of tiny pages"),
+  ),
+  "tokens see later ones": (
+    "hopper_softmax.py",
+    "seen = at < _across(jnp.minimum(own + 1, high), c.tile)",
+    "seen = at < high",
+    _DECODE.format("few tokens"),
+  ),
+  "tokens see the next CTA's keys": (
+    "hopper_softmax.py",
+    "seen = at < _across(jnp.minimum(own + 1, high), c.tile)",
+    "seen = at < _across(own + 1, c.tile)",
+    _DECODE.format("rows off groups of 8"),
+  ),
+  "no window among tokens": (
+    "hopper_softmax.py",
+    "seen &= at > _across(own - inputs.window, c.tile)",
+    "seen &= at > -99999",
+    _DECODE.format("few tokens"),
+  ),
+  "tokens before position 0 see keys": (
+    "hopper_softmax.py",
+    "end = jnp.where(own >= -position, c.tile, 0)",
+    "end = jnp.where(own >= -99999, c.tile, 0)",
+    _DECODE.format("more queries than keys"),
+  ),
+  "tiles where a row sees nothing": (
+    "hopper_softmax.py",
+    "m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)",
+    "m_safe = m_new",
+    _DECODE.format("more queries than keys"),
+  ),
+  "merge: query rows not where they were copied to": (
+    "hopper_merge.py",
+    "at += hopper_fetch.row_shift(c, row) + head",
+    "at += head",
+    _DECODE.format("rows off groups of 8"),
+  ),
+  # Decode: dead V, results.
+  "dead V not zeroed": (
+    "hopper_softmax.py",
+    "dead = (position < low) | (position + c.tokens > high)",
+    "dead = position < low",
+    _DECODE.format("bundles of tiny pages"),
+  ),
+  "dead V before the window not zeroed": (
+    "hopper_softmax.py",
+    "dead = (position < low) | (position + c.tokens > high)",
+    "dead = position + c.tokens > high",
+    "tests/ops/test_hopper.py::test_slots_before_a_long_window_are_not_seen",
+  ),
+  "too little of V zeroed": (
+    "backend.py",
+    "at = at // (heads * step) * step + at % step",
+    "at = at // heads",
+    _DECODE.format("few heads of 80"),
+  ),
+  "whole segments: empty rows are not 0": (
+    "hopper_softmax.py",
+    "acc = acc * _across(1.0 / jnp.where(l == 0.0, 1.0, l), H)",
+    "acc = acc * _across(1.0 / l, H)",
+    _DECODE.format("whole segments, many rows"),
+  ),
+  "whole segments: another head's sink": (
+    "hopper_softmax.py",
+    "sink = jnp.where(row == h, sinks_ref[first + h], sink)",
+    "sink = jnp.where(row == h, sinks_ref[h], sink)",
+    _DECODE.format("whole segments"),
+  ),
+  "whole segments: no sinks": (
+    "hopper_softmax.py",
+    "l = l * alpha + jnp.exp2(sink - safe)",
+    "l = l * alpha",
+    _DECODE.format("whole segments"),
+  ),
+  # Decode: merge.
+  "merge: partials beyond the last count": (
+    "hopper_merge.py",
+    "jnp.where(k < count, lse_ref[part, at + h], -jnp.inf)",
+    "lse_ref[part, at + h]",
+    _DECODE.format("split segments"),
+  ),
+  "merge: partials weigh the same": (
+    "hopper_merge.py",
+    "w = [jnp.exp2(one[h] - safe[h]) for h in range(heads)]",
+    "w = [jnp.where(one[h] == -jnp.inf, 0.0, 1.0) for h in range(heads)]",
+    _DECODE.format("split segments"),
+  ),
+  "merge: earlier outputs keep their scale": (
+    "hopper_merge.py",
+    "acc = acc * spread(alpha)",
+    "acc = acc * 1.0",
+    "tests/ops/test_hopper.py::test_many_partials_are_merged",
+  ),
+  "merge: earlier weights keep their scale": (
+    "hopper_merge.py",
+    "l = [l[h] * alpha[h] for h in range(heads)]",
+    "l = [l[h] * 1.0 for h in range(heads)]",
+    "tests/ops/test_hopper.py::test_many_partials_are_merged",
+  ),
+  "merge: another head's sink": (
+    "hopper_merge.py",
+    "sinks_ref[0][first + h]",
+    "sinks_ref[0][h]",
+    _DECODE.format("split segments"),
+  ),
+  "merge: empty rows are not 0": (
+    "hopper_merge.py",
+    "inverse = [jnp.where(x == 0.0, 0.0, 1.0 / x) for x in l]",
+    "inverse = [1.0 / x for x in l]",
+    _DECODE.format("a page larger than a tile"),
+  ),
+  "merge: tokens that no row owns are not 0": (
+    "hopper_merge.py",
+    "(x >= used) & (x < inputs.num_tokens)",
+    "(x > used) & (x < inputs.num_tokens)",
+    _DECODE.format("few tokens"),
+  ),
+  # Decode: plan.
+  "plan: shares too small": (
+    "hopper_plan.py",
+    "each = jnp.maximum(-(-total // num_ctas), 1)",
+    "each = jnp.maximum(total // num_ctas, 1)",
+    _PLAN,
+  ),
+  "plan: window a token short": (
+    "hopper_plan.py",
+    "lengths - query_length - geometry.window + 1",
+    "lengths - query_length - geometry.window + 2",
+    _DECODE.format("window"),
+  ),
+  "plan: work for rows without queries": (
+    "hopper_plan.py",
+    "units = jnp.where(query_length > 0, units, 0)",
+    "units = jnp.where(query_length >= 0, units, 0)",
+    _PLAN,
+  ),
+  "plan: empty rows own work": (
+    "hopper_plan.py",
+    "ends[None, :] <= at[:, None]",
+    "ends[None, :] < at[:, None]",
+    _PLAN,
+  ),
+  # Prefill: masks.
+  "prefill: not causal": (
+    "hopper_prefill_compute.py",
+    "column <= _across(jnp.minimum(own - position, high - 1), shape[1])",
+    "column <= _across(own * 0 + high - 1, shape[1])",
+    _MIXED,
+  ),
+  "prefill: tiles of later keys count as whole": (
+    "hopper_prefill_compute.py",
+    "seen = jnp.minimum(seen, at + 1)",
+    "seen = seen + 0",
+    _MIXED,
+  ),
+  "prefill: no window": (
+    "hopper_prefill_compute.py",
+    "seen &= column > _across(own - position - inputs.window, shape[1])",
+    "seen &= column > -99999",
+    _VARIANT.format(1),
+  ),
+  "prefill: tiles before a row's window count as whole": (
+    "hopper_prefill_compute.py",
+    "low = jnp.maximum(at + own - inputs.window, 0)",
+    "low = jnp.maximum(at + 1 - inputs.window, 0)",
+    _VARIANT.format(3),
+  ),
+  "prefill: tokens before position 0 see keys": (
+    "hopper_prefill_compute.py",
+    "column < _across(jnp.where(own >= 0, high, 0), shape[1])",
+    "column < _across(jnp.where(own >= -99, high, 0), shape[1])",
+    _SUITE.format(
+      "TestHopperPrefill::test_more_queries_than_keys_without_causal"
+    ),
+  ),
+  # Prefill: dead V, results.
+  "prefill: dead V not zeroed": (
+    "hopper_prefill_compute.py",
+    "dead = length - position < size",
+    "dead = length - position < -size",
+    _MIXED,
+  ),
+  "prefill: dead V before the window not zeroed": (
+    "hopper_prefill_compute.py",
+    "dead |= low - position > 0",
+    "dead |= low - position > 99999",
+    _VARIANT.format(1),
+  ),
+  "prefill: earlier weights keep their scale": (
+    "hopper_prefill_compute.py",
+    "l = l * alpha + p.sum(axis=1)",
+    "l = l + p.sum(axis=1)",
+    _MIXED,
+  ),
+  "prefill: LSE in units of log2": (
+    "hopper_prefill_compute.py",
+    "m * (1 / _LOG2E) + jnp.log(l)",
+    "m + jnp.log(l)",
+    _MIXED,
+  ),
+  "prefill: no sinks": (
+    "hopper_prefill_compute.py",
+    "l = l * alpha + jnp.exp2(sink - shift)",
+    "l = l * alpha",
+    _MIXED,
+  ),
+  "prefill: tokens that no row owns get sinks": (
+    "hopper_prefill_compute.py",
+    "sink = jnp.where(tile[plan.LENGTH] < 0, -jnp.inf, sink)",
+    "sink = sink + 0",
+    _MIXED,
+  ),
+  "prefill: rows behind the tile's own stored": (
+    "hopper_prefill_store.py",
+    "own = (token < tokens_own) & (head < heads_left)",
+    "own = head < heads_left",
+    _MIXED,
+  ),
+  "prefill: another kv head's rows stored": (
+    "hopper_prefill_store.py",
+    "own = (token < tokens_own) & (head < heads_left)",
+    "own = token < tokens_own",
+    _VARIANT.format(0),
+  ),
+  "prefill: a block's tail stored by TMA": (
+    "hopper_prefill_store.py",
+    "whole &= tokens_own >= offset + min(tokens, 64)",
+    "whole &= tokens_own >= offset",
+    _MIXED,
+  ),
+  # Prefill: plan.
+  "prefill plan: rows a position late": (
+    "hopper_prefill_plan.py",
+    "at = lengths[b] - stops[b] + first",
+    "at = lengths[b] - stops[b] + first + 1",
+    _PREFILL.format("test_tiles_hold_every_token_and_head_once"),
+  ),
+  "prefill plan: too few KV tiles": (
+    "hopper_prefill_plan.py",
+    "end = jnp.maximum(-(-high // tile), begin)",
+    "end = jnp.maximum(high // tile, begin)",
+    _PREFILL.format("test_tiles_walk_what_their_rows_see_longest_first"),
+  ),
+  "prefill plan: KV before the window walked": (
+    "hopper_prefill_plan.py",
+    "tile_low = jnp.maximum(at - geometry.window + 1, 0)",
+    "tile_low = low + 0",
+    _PREFILL.format("test_tiles_walk_what_their_rows_see_longest_first"),
+  ),
+  # Shared prefixes.
+  "shared: a part of the prefix is left out": (
+    "hopper_shared.py",
+    "columns[lib.END] = steps * (part + 1) // config.splits",
+    "columns[lib.END] = steps * part // config.splits + 1",
+    _SHARED.format("test_parts_of_the_prefix_cover_it_once"),
+  ),
+  "shared: V pages may differ": (
+    "hopper_shared.py",
+    "for table in tables:\n    differs",
+    "for table in tables[:1]:\n    differs",
+    _SHARED.format("test_v_pages_must_be_equal_too"),
+  ),
+  "shared: up to the tokens of a query": (
+    "hopper_shared.py",
+    "_shared_pages(tables, lengths - queries, taking, first, p)",
+    "_shared_pages(tables, lengths, taking, first, p)",
+    _SHARED.format("test_rows_keep_their_queries_and_a_token"),
+  ),
+  "shared: rows that take no part merged": (
+    "hopper_shared.py",
+    "jnp.where(takes, lse, -jnp.inf) for lse in prefix_lse",
+    "jnp.where(takes, lse, lse) for lse in prefix_lse",
+    _SHARED.format("test_decode_rows_share_their_beginning"),
+  ),
+  "shared: partials weigh the same": (
+    "hopper_shared.py",
+    "weights = [jnp.exp(lse - most) for lse in lses]",
+    "weights = [jnp.where(jnp.isneginf(x), 0.0, 1.0) for x in lses]",
+    _SHARED.format("test_decode_rows_share_their_beginning"),
+  ),
+  "shared: what no tile wrote is added": (
+    "hopper_shared.py",
+    "partial = jnp.where(takes, partial, 0.0)",
+    "partial = partial + 0.0",
+    _SHARED.format("test_parts_that_no_tile_wrote_may_hold_anything"),
+  ),
+}
