@@ -174,9 +174,9 @@ class _Worker:
     return None
 
   def end(self):
-    self._pipe.close()
     self._process.terminate()
     self._process.join()
+    self._pipe.close()
 
 
 def _work(pipe, shape, effort, seed):
