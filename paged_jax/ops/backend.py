@@ -230,7 +230,7 @@ def matmul(
     acc = mgpu.WGMMAAccumulator.from_registers(zeros, sync=False)
     nvvm.wgmma_fence_aligned()
     if not isinstance(left, mosaic.Layout) and left is not operand:
-      a = mgpu.memref_transpose(mgpu.memref_unfold(a, 1, (None, 8)), (1, 0, 2, 3))
+      a = _row_tiles(a)
     b = mgpu.memref_transpose(b, (1, 0, 3, 2))
     before = len(ir.InsertionPoint.current.block.operations)
     acc = mgpu.wgmma(acc, a, b, swizzle=operand.transforms[1].swizzle)
@@ -255,11 +255,23 @@ def _is_ref(x: Any) -> bool:
   return not isinstance(x, jax.Array)
 
 
+def _row_tiles(ref: Any) -> Any:
+  """Views blocks, [n, rows, width], as tiles of 8 rows, [rows / 8, n, 8, w]."""
+  return mgpu.memref_transpose(
+    mgpu.memref_unfold(ref, 1, (None, 8)), (1, 0, 2, 3)
+  )
+
+
 def load_blocks(ref: Any, interpret: bool) -> Any:
-  """Returns `blocked` rows, [64, columns], in WGMMA's layout."""
+  """Returns `blocked` rows, [64, columns], in WGMMA's layout.
+
+  They may be copied over once all threads are past this.
+  """
   blocks, rows, width = ref.shape
   if interpret:
-    return ref[...].swapaxes(0, 1).reshape(rows, blocks * width)
+    values = ref[...].swapaxes(0, 1).reshape(rows, blocks * width)
+    mosaic.commit_smem()
+    return values
   *_, transforms = blocked(width, ref.dtype)
 
   @mosaic.inline_mgpu(
@@ -270,14 +282,13 @@ def load_blocks(ref: Any, interpret: bool) -> Any:
   )
   def load(ctx, ref):
     del ctx
-    tiles = mgpu.memref_transpose(
-      mgpu.memref_unfold(ref, 1, (None, 8)), (1, 0, 2, 3)
-    )
     return mgpu.FragmentedArray.load_tiled(
-      tiles, transforms[0].swizzle, layout=mgpu.WGMMA_LAYOUT
+      _row_tiles(ref), transforms[0].swizzle, layout=mgpu.WGMMA_LAYOUT
     )
 
-  return load(ref)
+  values = load(ref)
+  mosaic.commit_smem()
+  return values
 
 
 def _overwrite_accumulator(before: int) -> None:
@@ -482,7 +493,7 @@ def store_rows(
 
 
 def store_block(ref: Any, value: Any, interpret: bool) -> None:
-  """Stores `value`, [64, width] in WGMMA's layout, into a block of `blocked`."""
+  """Stores [64, width] in WGMMA's layout into a block of `blocked`."""
   if interpret:
     ref[...] = value
     return
@@ -590,6 +601,37 @@ def zero_dead_rows(
 
   zero(ref, first, last)
   mosaic.commit_smem()
+
+
+def counter() -> Any:
+  """Returns a counter in global memory that all CTAs share, 0 at first."""
+  return pl.get_global(mosaic.SemaphoreType.REGULAR)
+
+
+def draw(counter: Any, target: Any, base: int) -> None:
+  """Stores base + counter into `target`, SMEM [1], and raises the counter.
+
+  For one warp; its later arrivals on barriers tell others of the number.
+  """
+
+  @mosaic.inline_mgpu(arg_types=(mosaic.RefType(), mosaic.RefType()))
+  def add(ctx, counter, target):
+    del ctx
+    i32 = ir.IntegerType.get_signless(32)
+    zero = arith.constant(ir.IndexType.get(), 0)
+    with mgpu.when(nvvm.elect_sync()):
+      number = llvm.inline_asm(
+        i32,
+        [mgpu.utils.memref_ptr(counter)],
+        "atom.relaxed.gpu.global.add.u32 $0, [$1], 1;",
+        "=r,l",
+        has_side_effects=True,
+      )
+      number = arith.addi(number, arith.constant(i32, base))
+      memref.store(number, target, [zero])
+    nvvm.bar_warp_sync(arith.constant(i32, -1))
+
+  add(counter, target)
 
 
 def wait_if(condition: Any, barrier: Any) -> None:

@@ -40,6 +40,7 @@ from paged_jax.ops import (
   backend,
   hopper_prefill_compute,
   hopper_prefill_fetch,
+  hopper_prefill_items,
 )
 from paged_jax.ops import hopper_prefill_plan as plan_lib
 from paged_jax.ops.backend import mosaic
@@ -99,6 +100,7 @@ def attend(
       barrier(num_arrivals=c.consumers, num_barriers=c.stages),
       barrier(num_barriers=c.consumers),
       barrier(num_arrivals=c.consumers),
+      *hopper_prefill_items.scratch(c),
     ),
     num_warpgroups=c.consumers + 1,
     interpret=interpret,
@@ -132,11 +134,19 @@ def _kernel(inputs, c, num_ctas, interpret, *refs):
   if inputs.sinks is not None:
     sinks_ref, *refs = refs
   out_ref, lse_ref, q_smem, k_smem, v_smem, o_smem, *barriers = refs
+  barriers, claims = barriers[:-3], barriers[-3:]
   wg = lax.axis_index("wg")
   backend.wait_for_previous_kernel(interpret)
   backend.start_next_kernel(interpret)
-  walk = functools.partial(
-    _walk, inputs, c, num_ctas, lax.axis_index("cta"), tiles_ref, head_ref
+
+  items = hopper_prefill_items.Items(
+    inputs=inputs,
+    config=c,
+    tiles=tiles_ref,
+    head=head_ref,
+    cta=lax.axis_index("cta"),
+    num_ctas=num_ctas,
+    claims=None if interpret else (backend.counter(), *claims),
   )
 
   @pl.when(wg == c.consumers)
@@ -147,7 +157,7 @@ def _kernel(inputs, c, num_ctas, interpret, *refs):
         hopper_prefill_fetch.fetch,
         inputs,
         c,
-        walk,
+        items,
         interpret,
         layer_ref[0],
         (q_ref, k_ref, v_ref, *tables),
@@ -164,80 +174,10 @@ def _kernel(inputs, c, num_ctas, interpret, *refs):
     hopper_prefill_compute.attend(
       inputs,
       c,
-      walk,
+      items,
       interpret,
       wg,
       (out_ref, lse_ref, sinks_ref),
       (q_smem.at[:, :, rows], k_smem, v_smem, o_smem.at[:, rows]),
       barriers,
     )
-
-
-def _walk(inputs, c, num_ctas, cta, tiles_ref, head_ref, body, fetching=False):
-  """Calls body(tile, kv_head, done, n) for each work item of this CTA.
-
-  `tile` is a plan row; `done` KV tiles and `n` items with some came before.
-
-  Returns:
-    The numbers of KV tiles and of items with some.
-  """
-  K, T = inputs.num_kv_heads, inputs.num_tokens
-  listed, used = head_ref[0], head_ref[1]
-  tokens, heads = c.kinds[-1]
-  groups = -(-inputs.group_size // heads)
-  beyond = lax.div(T - used + (tokens - 1), _i32(tokens)) * groups
-  if fetching:  # nothing, for these
-    beyond = 0
-  items = (listed + jnp.where(used < T, beyond, 0)) * K
-
-  def item(n):
-    """Number of this CTA's n-th item; see the plan for the order."""
-    back = lax.rem(n, _i32(2))
-    return n * num_ctas + jnp.where(back == 1, num_ctas - 1 - cta, cta)
-
-  def read(i):
-    row = jnp.minimum(lax.div(i, _i32(K)), tiles_ref.shape[0] - 1)
-    return tuple(tiles_ref[row, j] for j in range(plan_lib.END + 1))
-
-  def listed_or_unowned(i, tile):
-    """Behind the list: tokens that no sequence owns, "of length -1"."""
-    z = lax.div(i, _i32(K)) - listed
-    first = used + lax.div(z, _i32(groups)) * tokens
-    unowned = {
-      plan_lib.TOKEN: first,
-      plan_lib.ROWS: plan_lib.pack(
-        jnp.minimum(T - first, tokens),
-        lax.rem(z, _i32(groups)) * heads,
-        len(c.kinds) - 1,
-      ),
-      plan_lib.LENGTH: _i32(-1),
-      plan_lib.BEGIN: _i32(0),
-      plan_lib.END: _i32(0),
-    }
-    return [
-      jnp.where(z >= 0, unowned[j], x) if j in unowned else x
-      for j, x in enumerate(tile)
-    ]
-
-  def one(carry):
-    i, r, done, n, tile = carry
-    if not fetching:
-      tile = listed_or_unowned(i, tile)
-    following = item(r + 1)
-    # Issued now, looked at after the tiles: their latency is hidden.
-    tile_next = read(following)
-    body(tile, lax.rem(i, _i32(K)), done, n)
-    steps = tile[plan_lib.END] - tile[plan_lib.BEGIN]
-    n = n + jnp.where(steps > 0, 1, 0)
-    return following, r + 1, done + steps, n, tile_next
-
-  zero = _i32(0)
-  carry = cta, zero, zero, zero, read(cta)
-  _, _, done, n, _ = lax.while_loop(
-    lambda carry: carry[0] < items, one, carry
-  )
-  return done, n
-
-
-def _i32(x):
-  return jnp.array(x, jnp.int32)

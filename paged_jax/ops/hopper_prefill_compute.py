@@ -32,7 +32,7 @@ _LOG2E = math.log2(math.e)
 _SLACK = 8.0  # see above; 2^8 is far from what float16 overflows at
 
 
-def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
+def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
   """Attention of this warpgroup's 64 rows of each item."""
   out_ref, lse_ref, sinks_ref = outputs
   q_smem, k_smem, v_smem, o_smem = buffers
@@ -189,7 +189,7 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
 
   final = c.consumers - 1
   pl.when(wg == final)(lambda: mosaic.barrier_arrive(turns.at[0]))
-  walk(item)
+  items.walk(item)
   pl.when(wg == 0)(take_turn)  # the last turn passed on must be seen
   mosaic.wait_smem_to_gmem(0)
 

@@ -17,7 +17,9 @@ from paged_jax.ops import hopper_prefill_plan as plan
 from paged_jax.ops.backend import mosaic
 
 
-def fetch(inputs, c, walk, interpret, layer, sources, buffers, barriers, warps):
+def fetch(
+  inputs, c, items, interpret, layer, sources, buffers, barriers, warps
+):
   """Copies queries and live pages into shared memory, ahead of use.
 
   Each warp of the warpgroup walks all items and makes every fourth copy: what a
@@ -115,7 +117,7 @@ def fetch(inputs, c, walk, interpret, layer, sources, buffers, barriers, warps):
     steps = tile[plan.END] - begin
     lax.fori_loop(0, steps, one_tile, pages_at(b, begin * c.tile))
 
-  tiles, items = walk(item, fetching=True)
+  tiles, items = items.walk(item, warps)
   # Every phase of a barrier is seen by its waiter, the last ones too.
   for free, uses in ((q_free, items), (k_free, tiles), (v_free, tiles)):
     for i in range(c.query_slots if free is q_free else c.stages):

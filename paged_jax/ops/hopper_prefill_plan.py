@@ -11,15 +11,18 @@ kinds, by the query tokens that a sequence has:
 Packing heads is free where G is a power of two: then both kinds are the short
 one. A decode row in a batch of chunks costs one tile that reads its KV once.
 
-All tiles form one list, sorted by the KV tiles they walk; work item i is tile
-i // K for kv head i % K, and CTA c takes items c, c + ctas, ... in serpentine
-order. Long items come first, so what is left at the end is small.
+All tiles form one list; work item i is tile i // K for kv head i % K. CTA c
+begins with item c, and whoever is done takes the next one. Long items come
+first, so what is left at the end is small: the list is sorted by the power of
+two below the KV tiles they walk, and like ones by sequence, so that CTAs at
+work at the same time read the same keys and values.
 """
 
 import dataclasses
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -28,8 +31,9 @@ from paged_jax.ops.plan import Geometry
 
 # Columns of Work.tiles. A tile holds the tokens from `TOKEN` on, the first at
 # position `AT`. `ROWS` packs (see `pack`) how many are its own, from which head
-# of the group on they are computed, and the tile's kind. It walks KV tiles `BEGIN` .. `END` - 1 of
-# sequence `SEQUENCE`. Positions below `LOW` or not below `LENGTH` are dead.
+# of the group on they are computed, and the tile's kind. It walks KV tiles
+# `BEGIN` .. `END` - 1 of sequence `SEQUENCE`. Positions below `LOW`, or from
+# `LENGTH` on, are dead.
 SEQUENCE, TOKEN, ROWS, AT, LENGTH, LOW, BEGIN, END = range(8)
 
 _SMEM_BYTES = 227 * 1024  # what a CTA may take on sm_90
@@ -110,8 +114,8 @@ def choose(geometry: Geometry, **overrides: Any) -> Config:
     packed = False
   kinds = (short,) if packed else (long, short)
   tile = overrides.get("tile", 128 if H <= 128 else 64)
-  columns = overrides.get("columns", min(H, 128) if H != 192 else 96)
-  query_slots = overrides.get("query_slots", 2 if H <= 128 else 1)
+  columns = overrides.get("columns", {192: 96, 256: 64}.get(H, H))
+  query_slots = overrides.get("query_slots", 1)
   fixed = rows * (query_slots * H + columns) * 2 + _RESERVED
   most = (_SMEM_BYTES - fixed) // (2 * tile * H * 2)
   return Config(
@@ -170,6 +174,7 @@ def make_work(
   b = (ends[None, :] <= row[:, None]).sum(axis=1, dtype=jnp.int32)
   used, b = b < B, jnp.minimum(b, B - 1)
   within = row - (ends - counts)[b]
+  within = counts[b] - 1 - within  # the last ones see most
   first = starts[b] + within // groups[b] * tokens[b]
   own = jnp.minimum(stops[b] - first, tokens[b])
   at = lengths[b] - stops[b] + first
@@ -193,7 +198,7 @@ def make_work(
     end,
   )
   tiles = jnp.stack(columns, axis=1)
-  order = jnp.argsort(jnp.where(used, begin - end, 1))
+  order = jnp.argsort(jnp.where(used, lax.clz(end - begin), 64))
   head = jnp.stack([ends[-1], query_starts[-1]])
   return Work(tiles=tiles[order], head=head, config=config)
 

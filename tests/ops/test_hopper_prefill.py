@@ -149,3 +149,21 @@ def test_a_plan_changes_no_bit_nor_does_the_batch():
   )
   out, lse = data.call(alone, "hopper", layer=jnp.int32(1))
   data.assert_same_bits((out, lse), tuple(x[22:] for x in want))
+
+
+@needs_interpreter
+def test_calls_of_one_program_do_not_meet():
+  """Nothing that a call leaves behind is there for the next one to find."""
+  made = data.problem(
+    4, query_lengths=(30, 9), lengths=(30, 40), N=2, K=1, H=64, p=16,
+    dtype=jnp.bfloat16,
+  )
+
+  def results(query):
+    return [
+      data.call(made.replace(query=jnp.roll(query, i, axis=0)), "hopper")
+      for i in range(3)
+    ]
+
+  for got, want in zip(jax.jit(results)(made.query), results(made.query)):
+    data.assert_same_bits(got, want)

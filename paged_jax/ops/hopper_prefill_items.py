@@ -1,0 +1,159 @@
+"""Which work items a CTA of the Hopper prefill kernel takes.
+
+CTA c begins with item c of the plan's list. Then whoever comes first takes the
+next one: a fetching warp draws its number from a counter that all CTAs share,
+two items ahead, and hands it to the other warps through shared memory. So no
+CTA is idle before the list is done, whatever the items take and in whatever
+order they are listed. Simulated, items go round in turn.
+
+Behind the list come the tokens that no sequence owns, as tiles without keys.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+from jax import lax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+
+from paged_jax.ops import backend
+from paged_jax.ops import hopper_prefill_plan as plan
+from paged_jax.ops.backend import mosaic
+from paged_jax.ops.inputs import Inputs
+
+_AHEAD = 4  # numbers on their way, at most
+_FETCHING = 4  # warps that fetch
+
+
+def scratch(config: plan.Config) -> tuple[Any, ...]:
+  """Returns the shared memory and the barriers that numbers go through."""
+  readers = _FETCHING + config.consumers
+  return (
+    mosaic.SMEM((_AHEAD,), jnp.int32),
+    mosaic.Barrier(num_barriers=_AHEAD),
+    mosaic.Barrier(num_arrivals=readers, num_barriers=_AHEAD),
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Items:
+  """The items of this CTA, one after the other.
+
+  Attributes:
+    inputs: for their static facts.
+    config: shape of the kernel.
+    tiles: ref of `plan.Work.tiles`.
+    head: ref of `plan.Work.head`.
+    cta: number of this CTA.
+    num_ctas: CTAs of the kernel.
+    claims: the counter and what `scratch` asked for; None: items in turn.
+  """
+
+  inputs: Inputs
+  config: plan.Config
+  tiles: Any
+  head: Any
+  cta: Any
+  num_ctas: int
+  claims: tuple[Any, ...] | None
+
+  def walk(
+    self, body: Callable[..., None], warps: list[Any] | None = None
+  ) -> tuple[Any, Any]:
+    """Calls body(tile, kv_head, done, n) for each item of this CTA.
+
+    Args:
+      body: `tile` is a plan row; `done` KV tiles and `n` items with some came
+        before.
+      warps: those that the caller fetches with; None: it computes.
+
+    Returns:
+      The numbers of KV tiles and of items with some.
+    """
+    K = self.inputs.num_kv_heads
+    listed, used = self.head[0], self.head[1]
+    tokens, heads = self.config.kinds[-1]
+    groups = -(-self.inputs.group_size // heads)
+    beyond = self.inputs.num_tokens - used
+    beyond = lax.div(jnp.maximum(beyond, 0) + (tokens - 1), _i32(tokens))
+    count = (listed + beyond * groups) * K
+
+    def read(i):
+      row = jnp.minimum(lax.div(i, _i32(K)), self.tiles.shape[0] - 1)
+      return tuple(self.tiles[row, j] for j in range(plan.END + 1))
+
+    def one(carry):
+      i, r, done, n, tile = carry
+      if warps is None:
+        tile = self._listed_or_unowned(i, tile, listed, used)
+      else:  # there is nothing to fetch behind the list
+        end = jnp.where(i < listed * K, tile[plan.END], tile[plan.BEGIN])
+        tile = (*tile[: plan.END], end)
+        self._claim(r + 2, warps)
+      following = self._claimed(r + 1)
+      # Issued now, looked at after the tiles: their latency is hidden.
+      tile_next = read(following)
+      body(tile, lax.rem(i, _i32(K)), done, n)
+      steps = tile[plan.END] - tile[plan.BEGIN]
+      n = n + jnp.where(steps > 0, 1, 0)
+      return following, r + 1, done + steps, n, tile_next
+
+    zero = _i32(0)
+    if warps is not None:
+      self._claim(zero + 1, warps)
+    carry = self.cta, zero, zero, zero, read(self.cta)
+    _, _, done, n, _ = lax.while_loop(
+      lambda carry: carry[0] < count, one, carry
+    )
+    return done, n
+
+  def _claim(self, r, warps):
+    """Has the first fetching warp draw the number of this CTA's r-th item."""
+    if self.claims is None:
+      return
+    counter, numbers, full, free = self.claims
+    slot = lax.rem(r, _i32(_AHEAD))
+
+    @pl.when(warps[0] == 0)
+    def _():
+      backend.wait_if(r > _AHEAD, free.at[slot])
+      backend.draw(counter, numbers.at[pl.ds(slot, 1)], self.num_ctas)
+      mosaic.barrier_arrive(full.at[slot])
+
+  def _claimed(self, r):
+    """Number of this CTA's r-th item."""
+    if self.claims is None:
+      return r * self.num_ctas + self.cta
+    _, numbers, full, free = self.claims
+    slot = lax.rem(r, _i32(_AHEAD))
+    mosaic.barrier_wait(full.at[slot])
+    number = numbers[slot]
+    mosaic.barrier_arrive(free.at[slot])
+    return number
+
+  def _listed_or_unowned(self, i, tile, listed, used):
+    """Behind the list: tokens that no sequence owns, "of length -1"."""
+    tokens, heads = self.config.kinds[-1]
+    groups = -(-self.inputs.group_size // heads)
+    z = lax.div(i, _i32(self.inputs.num_kv_heads)) - listed
+    first = used + lax.div(z, _i32(groups)) * tokens
+    unowned = {
+      plan.TOKEN: first,
+      plan.ROWS: plan.pack(
+        jnp.minimum(self.inputs.num_tokens - first, tokens),
+        lax.rem(z, _i32(groups)) * heads,
+        len(self.config.kinds) - 1,
+      ),
+      plan.LENGTH: _i32(-1),
+      plan.BEGIN: _i32(0),
+      plan.END: _i32(0),
+    }
+    return [
+      jnp.where(z >= 0, unowned[j], x) if j in unowned else x
+      for j, x in enumerate(tile)
+    ]
+
+
+def _i32(x):
+  return jnp.array(x, jnp.int32)
