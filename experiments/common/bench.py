@@ -200,16 +200,17 @@ def _run(group, effort, ceilings, seed, pool, jobs):
       row.update(status="failed", error=cells.one_line(error))
   steps = effort.steps * effort.rounds(shape)
   futures.wait(list(jobs.values()))  # nothing compiles while times are taken
-  model = timing.wall(
-    calls, steps=steps, repeats=effort.repeats, seconds=effort.seconds
+  options = dict(
+    steps=steps,
+    repeats=effort.repeats,
+    cool=ceilings.bound_by(shape.bytes, shape.flops) == "matmul",
   )
+  model = timing.wall(calls, seconds=effort.seconds, **options)
   for row in rows:
     name = row["implementation"]
     if name in calls:
       row |= cells.timed(model[name], row)
-      row |= cells.kernel_times(
-        calls[name], steps=steps, repeats=effort.repeats
-      )
+      row |= cells.kernel_times(calls[name], **options)
   return rows
 
 

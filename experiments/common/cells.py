@@ -296,12 +296,15 @@ def _time(compiled, problem, effort, ceilings):
   def call():
     return compiled(problem.state, problem.query, *next(first))
 
-  model = timing.wall(
-    {"": call}, steps=steps, repeats=effort.repeats, seconds=effort.seconds
-  )[""]
+  options = dict(
+    steps=steps,
+    repeats=effort.repeats,
+    cool=ceilings.bound_by(shape.bytes, shape.flops) == "matmul",
+  )
+  model = timing.wall({"": call}, seconds=effort.seconds, **options)[""]
   row = dict(bytes=shape.bytes, flops=shape.flops,
              limit_us=ceilings.limit_us(shape.bytes, shape.flops))
-  kernel = kernel_times(call, steps=steps, repeats=effort.repeats)
+  kernel = kernel_times(call, **options)
   return timed(model, row) | kernel
 
 
@@ -311,10 +314,13 @@ def timed(model: timing.Timing, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def kernel_times(
-  call: Callable[[], object], *, steps: int, repeats: int
+  call: Callable[[], object], **options: Any
 ) -> dict[str, Any]:
-  """Returns the sum of a call's kernels and each of them; {} off a GPU."""
-  measured = timing.kernels(call, steps=steps, repeats=repeats)
+  """Returns the sum of a call's kernels and each of them; {} off a GPU.
+
+  options: those of `timing.kernels`.
+  """
+  measured = timing.kernels(call, **options)
   if measured is None:
     return {}
   kernel, names = measured

@@ -15,6 +15,12 @@ one and queues another, and
 
 is what a call takes: each wake-up is late by about the same, and the GPU, which
 never idles, does not notice.
+
+A GPU that multiplies for longer than some 20 ms reaches its power limit and
+lowers its clocks, by a tenth and more and never twice by as much: what is
+compared would be the order of the samples. So where multiplying is the limit
+(`cool`) samples are short and the GPU rests after each, as it does while the
+ceilings are measured.
 """
 
 import collections
@@ -33,6 +39,8 @@ except ImportError:  # a jaxlib without Mosaic GPU
 _WINDOW = 0.06  # seconds of a sample on a GPU
 _QUEUED = 0.008  # seconds of work that are always queued
 _MOST = (20, 200)  # calls queued, calls of a sample
+_SHORT = 0.25  # samples of `cool` are that much shorter
+_REST = 0.05  # seconds between them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,7 @@ def wall(
   steps: int = 1,
   repeats: int = 10,
   seconds: float = 0.3,
+  cool: bool = False,
 ) -> dict[str, Timing]:
   """Times calls in turn, so that a busy moment of the host hits all alike.
 
@@ -70,6 +79,7 @@ def wall(
     steps: units of work in a call; times are per step.
     repeats: least samples a call.
     seconds: time to spend on each call, at least.
+    cool: whether a GPU may rest between samples; see the module.
 
   Returns:
     Timing by name, per step.
@@ -78,20 +88,23 @@ def wall(
   sizes = dict.fromkeys(calls, (0, 0))  # queued calls, calls of a sample
   if on_gpu:
     for name, call in calls.items():
-      sizes[name] = _sizes(_pace(call, 1, 1))
+      sizes[name] = _sizes(_pace(call, 1, 1), cool)
       queued, count = sizes[name]
-      sizes[name] = _sizes(_pace(call, queued, -(-count // 4)))
+      sizes[name] = _sizes(_pace(call, queued, -(-count // 4)), cool)
   samples = {name: [] for name in calls}
   end = time.perf_counter() + seconds * len(calls)
   rounds = 0
   while rounds < repeats or time.perf_counter() < end:
     for name, call in calls.items():
+      if on_gpu and cool:
+        time.sleep(_REST)
       samples[name].append(_pace(call, *sizes[name]) * 1e6 / steps)
     rounds += 1
   return {name: summarise(values) for name, values in samples.items()}
 
 
-def _sizes(each):
+def _sizes(each, cool):
+  each /= _SHORT if cool else 1
   return tuple(
     int(np.clip(np.ceil(span / each), 1, most))
     for span, most in zip((_QUEUED, _WINDOW), _MOST)
@@ -115,7 +128,11 @@ def _pace(call, queued, count):
 
 
 def kernels(
-  call: Callable[[], object], *, steps: int = 1, repeats: int = 10
+  call: Callable[[], object],
+  *,
+  steps: int = 1,
+  repeats: int = 10,
+  cool: bool = False,
 ) -> tuple[Timing, dict[str, tuple[float, float]]] | None:
   """Sums the GPU kernels of a call.
 
@@ -123,6 +140,7 @@ def kernels(
     call: queues one compiled program and returns its outputs.
     steps: units of work in a call; times are per step.
     repeats: samples.
+    cool: whether the GPU may rest between them; see the module.
 
   Returns:
     (timing per step, {kernel name: (launches per step, us per step)}), or None
@@ -130,7 +148,7 @@ def kernels(
   """
   if profiler is None or jax.default_backend() == "cpu":
     return None
-  runs = _profile(call, repeats)
+  runs = _profile(call, repeats, _REST if cool else 0.0)
   if not runs:
     return None
   totals = [1e3 * sum(ms for _, ms in run) / steps for run in runs]
@@ -144,7 +162,7 @@ def kernels(
   return summarise(totals), by_name
 
 
-def _profile(call, repeats):
+def _profile(call, repeats, rest):
   """Returns [(kernel name, ms), ...] of each call; [] if CUPTI is silent."""
   # `profiler.measure` would do but for donated arguments, which it passes
   # again, and kernels on several streams, whose order it wants to be fixed.
@@ -153,10 +171,11 @@ def _profile(call, repeats):
   cupti._cupti_init()
   try:
     for _ in range(repeats):
+      time.sleep(rest)
       jax.block_until_ready(call())
   finally:
     found = cupti._cupti_get_timings(True) or []
   each, rest = divmod(len(found), repeats)
   if rest:  # some launches were not recorded: no telling which
-    return _profile(call, 1) if repeats > 1 else []
+    return _profile(call, 1, rest) if repeats > 1 else []
   return [found[i * each : (i + 1) * each] for i in range(repeats) if each]
