@@ -67,7 +67,7 @@ PREFILL = {
 @pytest.mark.parametrize("name", PREFILL)
 def test_prefill_lowers(name):
   *sizes, static = PREFILL[name]
-  text = _lower(*sizes, max_query_length=500, **static)
+  text = lower(*sizes, max_query_length=500, **static)
   assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
   assert "paged_prefill_mosaic" in text
 
@@ -76,7 +76,7 @@ def test_prefill_lowers(name):
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_kernels_lower(name, batch_invariant):
   *sizes, static = SHAPES[name]
-  text = _lower(*sizes, batch_invariant=batch_invariant, **static)
+  text = lower(*sizes, batch_invariant=batch_invariant, **static)
   assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
   for kernel in ("paged_decode_mosaic", "paged_decode_merge_mosaic"):
     assert kernel in text
@@ -98,7 +98,7 @@ SHARED = {
 @pytest.mark.parametrize("name", SHARED)
 def test_shared_prefixes_lower(name):
   *sizes, static = SHARED[name]
-  text = _lower(*sizes, shared_prefix=True, **static)
+  text = lower(*sizes, shared_prefix=True, **static)
   decode = static.get("max_query_length", 1) <= 8
   assert text.count("stablehlo.custom_call @mosaic_gpu") == 2 + decode
   assert "paged_prefill_mosaic" in text
@@ -107,19 +107,21 @@ def test_shared_prefixes_lower(name):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_kernels_of_whole_segments_lower(name):
-  text = _lower(*WHOLE[name][:7], **WHOLE[name][7])
+  text = lower(*WHOLE[name][:7], **WHOLE[name][7])
   assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
 
 
 def test_layers_share_one_lowering():
-  text = _lower(4, None, 32, 8, 128, 16, "bfloat16", layers=6)
+  text = lower(4, None, 32, 8, 128, 16, "bfloat16", layers=6)
   # The first one may differ: its query is an argument.
   assert text.count("stablehlo.custom_call @mosaic_gpu") <= 4
 
 
-def _lower(B, T, N, K, H, p, dtype, *, layers=1, M=40, sinks=False,
-           combined=False, batch_invariant=False, shared_prefix=False,
-           **static):
+def lower(B, T, N, K, H, p, dtype, *, layers=1, M=40, sinks=False,
+          combined=False, batch_invariant=False, shared_prefix=False,
+          how=cuda.lower, **static):
+  """Returns the StableHLO text, or what else `how` makes of the call."""
+
   def shape(*sizes, dtype=dtype):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
@@ -142,7 +144,7 @@ def _lower(B, T, N, K, H, p, dtype, *, layers=1, M=40, sinks=False,
     return query
 
   table = (B, 2, M) if combined else (B, M)
-  return cuda.lower(
+  return how(
     run,
     shape(B if T is None else T, N, H),
     shape(4, 50, K, p, H),

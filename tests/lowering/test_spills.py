@@ -2,10 +2,10 @@
 
     python -m pytest -m slow tests/lowering/test_spills.py
 
-Every kernel of every public shape is compiled to machine code, and ptxas says
-how many bytes of registers a thread spills. `KNOWN` lists what is known to
-spill: nothing else may, and nothing may spill more. Lower a row when a kernel
-gets better.
+Every kernel of every public shape, and of the geometries that test_hopper.py
+lowers, is compiled to machine code, and ptxas says how many bytes of registers
+a thread spills. `KNOWN` lists what is known to spill: nothing else may, and
+nothing may spill more. Lower a row when the kernel gets better.
 """
 
 import re
@@ -15,23 +15,36 @@ import pytest
 
 from experiments.common import problem, programs, shapes
 import paged_jax
-from tests.lowering import cuda
+from tests.lowering import cuda, test_hopper
 
 pytestmark = pytest.mark.slow
 
-# Bytes of spill stores or loads, the greater one, by shape and kernel; with jax
-# 0.11.2 and the ptxas of nvidia-cuda-nvcc-cu12 12.9.
+# Bytes that `paged_prefill` stores or loads, the greater one; with jax 0.11.2
+# and the ptxas of nvidia-cuda-nvcc-cu12 12.9. Other kernels spill nothing.
 KNOWN = {
-  "llama3-8b_pre_b4_c4096_p16_qfull_const": dict(paged_prefill=28),
-  "llama3-8b_pre_b1_c16384_p16_qfull_const": dict(paged_prefill=28),
-  "llama3-8b_pre_b1_c32768_p16_q2048_const": dict(paged_prefill=28),
-  "llama3-8b_pre_b16_c4096_p16_qfull_uniform": dict(paged_prefill=24),
-  "gemma3-12b_pre_b2_c8192_p64_qfull_const": dict(paged_prefill=160),
-  "llama3-8b_pre_b8_c8192_p16_q512_const": dict(paged_prefill=28),
-  "gemma3-27b-local_pre_b2_c8192_p16_qfull_const": dict(paged_prefill=108),
-  "llama3-8b_mix_c8192_q2048_63xc4096_p16": dict(paged_prefill=24),
-  "llama3-8b_pre_b1_c8192_p16_q2048_const": dict(paged_prefill=28),
-  "llama3-8b_shared_b64_c8320_p16_s8192": dict(paged_prefill=28),
+  "llama3-8b_pre_b4_c4096_p16_qfull_const": 88,
+  "llama3-8b_pre_b1_c16384_p16_qfull_const": 88,
+  "llama3-8b_pre_b1_c32768_p16_q2048_const": 88,
+  "llama3-8b_pre_b16_c4096_p16_qfull_uniform": 88,
+  "gemma3-12b_pre_b2_c8192_p64_qfull_const": 188,
+  "llama3-8b_pre_b8_c8192_p16_q512_const": 88,
+  "gemma3-27b-local_pre_b2_c8192_p16_qfull_const": 68,
+  "llama3-8b_mix_c8192_q2048_63xc4096_p16": 88,
+  "llama3-8b_pre_b1_c8192_p16_q2048_const": 88,
+  "llama3-8b_shared_b64_c8320_p16_s8192": 88,
+  "prefill, prompts": 88,
+  "prefill, T is no multiple of 8": 88,
+  "prefill, G=3 f16 H=80 p=8": 200,
+  "prefill, G=1 H=96 p=32": 96,
+  "prefill, H=192 p=256": 180,
+  "prefill, H=256 p=64": 188,
+  "prefill, G=128 p=128": 144,
+  "prefill, everything": 24,
+  "shared, decode": 88,
+  "shared, G=3 H=80": 196,
+  "shared, H=96 p=64": 96,
+  "shared, G=7 H=192": 288,
+  "shared, H=256, few tokens": 204,
 }
 
 _SHAPES = {
@@ -52,6 +65,20 @@ _RUNS = {
     "gemma3-12b_dec_b32_c8192_p64_const",
   )
 }
+_GEOMETRIES = {
+  f"{group}, {name}": (case, more)
+  for group, cases, more in (
+    ("decode", test_hopper.SHAPES, {}),
+    ("batch_invariant", test_hopper.SHAPES, dict(batch_invariant=True)),
+    ("whole", test_hopper.WHOLE, {}),
+    ("prefill", test_hopper.PREFILL, dict(max_query_length=500)),
+    ("shared", test_hopper.SHARED, dict(shared_prefix=True)),
+  )
+  for name, case in cases.items()
+}
+_needs_jax = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason="hopper needs jax 0.11"
+)
 _PROPERTIES = re.compile(
   r"Function properties for (\w+)_mosaic_gpu_kernel\n"
   r".* (\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -65,32 +92,55 @@ def compiler():
     pytest.skip(missing)
 
 
-@pytest.mark.skipif(
-  jax.__version_info__ < (0, 11), reason="hopper needs jax 0.11"
-)
-@pytest.mark.parametrize("name", _RUNS)
-def test_hopper(name, capfd, monkeypatch):
+@pytest.fixture(name="spilled")
+def compile_and_read(capfd, monkeypatch):
+  """(run) -> {kernel: bytes}, of the kernels that run() compiles."""
   monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-  shape = _SHAPES[name.split()[0]]
-  spec = problem.specs(shape, 2)
-  prepare = programs.ours(shape, _RUNS[name], interpret=False)
-  capfd.readouterr()
-  compiled = cuda.compile_(
-    lambda state, query: prepare(state)(query, 1), spec, spec["query"]
-  )
-  printed = "".join(capfd.readouterr())
-  spilled = {
-    kernel: max(int(stores), int(loads))
-    for kernel, stores, loads in _PROPERTIES.findall(printed)
-  }
-  kernels = re.findall(r"(paged_\w+?)_mosaic_gpu", compiled.as_text())
-  assert spilled.keys() == set(kernels) and kernels, printed
-  known = KNOWN.get(name, {})
+
+  def measure(run):
+    capfd.readouterr()
+    text = run().as_text()
+    printed = "".join(capfd.readouterr())
+    found = {
+      kernel: max(int(stores), int(loads))
+      for kernel, stores, loads in _PROPERTIES.findall(printed)
+    }
+    kernels = re.findall(r"(paged_\w+?)_mosaic_gpu", text)
+    assert found.keys() == set(kernels) and kernels, printed
+    return found
+
+  return measure
+
+
+def _assert_known(name, spilled):
+  known = dict(paged_prefill=KNOWN.get(name, 0))
   assert {
     kernel: size
     for kernel, size in spilled.items()
     if size > known.get(kernel, 0)
   } == {}
+
+
+@_needs_jax
+@pytest.mark.parametrize("name", _RUNS)
+def test_public_shapes(name, spilled):
+  shape = _SHAPES[name.split()[0]]
+  spec = problem.specs(shape, 2)
+  prepare = programs.ours(shape, _RUNS[name], interpret=False)
+  _assert_known(name, spilled(
+    lambda: cuda.compile_(
+      lambda state, query: prepare(state)(query, 1), spec, spec["query"]
+    )
+  ))
+
+
+@_needs_jax
+@pytest.mark.parametrize("name", _GEOMETRIES)
+def test_other_geometries(name, spilled):
+  (*sizes, static), more = _GEOMETRIES[name]
+  _assert_known(name, spilled(
+    lambda: test_hopper.lower(*sizes, how=cuda.compile_, **static, **more)
+  ))
 
 
 @pytest.mark.parametrize(
