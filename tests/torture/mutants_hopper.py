@@ -29,8 +29,8 @@ MUTANTS = {
   ),
   "keys of the bundle's other heads seen": (
     "hopper_softmax.py",
-    "seen &= theirs == _across(head, c.tile)",
-    "seen &= theirs >= 0",
+    "seen &= theirs == _across(",
+    "seen &= theirs >= 0 * _across(",
     _DECODE.format("bundles of tiny pages"),
   ),
   "tokens see later ones": (
@@ -90,14 +90,14 @@ MUTANTS = {
   ),
   "whole segments: empty rows are not 0": (
     "hopper_softmax.py",
-    "acc = acc * _across(1.0 / jnp.where(l == 0.0, 1.0, l), H)",
-    "acc = acc * _across(1.0 / l, H)",
+    "_across(1.0 / jnp.where(l == 0.0, 1.0, l), ",
+    "_across(1.0 / l, ",
     _DECODE.format("whole segments, many rows"),
   ),
   "whole segments: another head's sink": (
     "hopper_softmax.py",
-    "sink = jnp.where(row == h, sinks_ref[first + h], sink)",
-    "sink = jnp.where(row == h, sinks_ref[h], sink)",
+    "sinks_ref[first + h]",
+    "sinks_ref[h]",
     _DECODE.format("whole segments"),
   ),
   "whole segments: no sinks": (
