@@ -98,8 +98,6 @@ def _suits(shape, overrides):
     found = config(shape, overrides)
   except (ValueError, NotImplementedError):
     return False
-  if found.cut == hopper_tuning.WHOLE and found.heads % 8:
-    return False  # rows of such bundles are stored by a merge only
   fits = 2 <= found.stages == overrides.get("stages", found.stages)
   return fits and found.rows <= 64
 

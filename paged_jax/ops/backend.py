@@ -262,16 +262,19 @@ def _row_tiles(ref: Any) -> Any:
   )
 
 
-def load_blocks(ref: Any, interpret: bool) -> Any:
+def load_blocks(ref: Any, wanted: Any, interpret: bool) -> Any:
   """Returns `blocked` rows, [64, columns], in WGMMA's layout.
 
-  They may be copied over once all threads are past this.
+  They may be copied over once all threads are past this. Where they are not
+  `wanted` they may be anything, and what is returned is not to be used.
   """
   blocks, rows, width = ref.shape
-  if interpret:
-    values = ref[...].swapaxes(0, 1).reshape(rows, blocks * width)
+  if interpret:  # reading while others write is an error
+    values = lax.cond(
+      wanted, lambda: ref[...], lambda: jnp.zeros(ref.shape, ref.dtype)
+    )
     mosaic.commit_smem()
-    return values
+    return values.swapaxes(0, 1).reshape(rows, blocks * width)
   *_, transforms = blocked(width, ref.dtype)
 
   @mosaic.inline_mgpu(

@@ -95,10 +95,17 @@ def _attend(inputs, plan, sms, interpret):
     return hopper_prefill.attend(
       inputs, plan, num_ctas=sms, interpret=interpret
     )
-  partial, lse = hopper_decode.attend(inputs, plan, interpret=interpret)
-  if plan.config.cut == hopper_tuning.WHOLE:
-    return partial.reshape(inputs.query.shape), lse
-  return hopper_merge.merge(inputs, plan, partial, lse, interpret=interpret)
+
+  # The merge writes into what decode wrote, which vmap does not know of.
+  @jax.custom_batching.sequential_vmap
+  def decode(inputs, plan):
+    results = hopper_decode.attend(inputs, plan, interpret=interpret)
+    if plan.config.cut != hopper_tuning.WHOLE:
+      return hopper_merge.merge(inputs, plan, *results, interpret=interpret)
+    out, lse = results
+    return out.reshape(inputs.query.shape), lse
+
+  return decode(inputs, plan)
 
 
 def make_plan(

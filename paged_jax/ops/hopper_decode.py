@@ -25,9 +25,9 @@ are not copied (the copy is predicated off, its arrival still counts); in a tile
 that is not live throughout the dead rows of V are overwritten by zeros. Logits
 are masked by position. Nothing is read beyond a table row's M entries.
 
-The partial result of a segment in a CTA is float32 [rows, H], normalised, with
-its log2-sum-exp; hopper_merge.py makes the output of them. Where every CTA
-takes whole segments (hopper_plan.WHOLE) it writes the output itself.
+A segment that a CTA computes as a whole is written as it is to be. Of others a
+CTA leaves a partial result, float32 [rows, H], normalised, with its
+log2-sum-exp; hopper_merge.py makes the output of those.
 """
 
 import functools
@@ -60,20 +60,22 @@ class Stretch(NamedTuple):
   tiles: Any
   done: Any  # tiles of this CTA before
   n: Any  # stretches of this CTA before
-  partial: Any  # name of the partial result
+  whole: Any  # whether it is all of the segment
+  partial: Any  # name of the partial result, where it is not
   next_b: Any  # sequence and first position of the next stretch
   next_begin: Any
 
 
 def attend(
   inputs: Inputs, work: hopper_plan.Work, *, interpret: bool
-) -> tuple[jax.Array, jax.Array]:
-  """Returns every CTA's share of every segment, float32, and its log2-LSE.
+) -> tuple[jax.Array, ...]:
+  """Returns the output, its LSE, and the shares of segments that are split.
 
-  [partials, rows, width] and [partials, rows]; rows of a partial are query
-  tokens times token rows, see the module. Entries that no CTA owns, and columns
-  from H on, are never written. If segments are whole: the output [T * N, H]
-  and the natural-log LSE [T, N].
+  Output [T, N * width] and natural-log LSE [T, N] of segments that a CTA
+  computed whole. Shares: float32 [partials, rows, width] and log2-LSE
+  [partials, rows], where the plan may split segments; rows are query tokens
+  times token rows, see the module. Whatever else is there, and columns from H
+  on, was never written.
   """
   c, H = work.config, inputs.head_dim
   dtype = inputs.query.dtype
@@ -83,35 +85,38 @@ def attend(
   tiled = backend.tiled(H, dtype)
   barrier = mosaic.Barrier
   stage = mosaic.SMEM((c.stages, c.tile, H), dtype, transforms=tiled)
-  whole = c.cut == hopper_tuning.WHOLE
-  staged = dtype if whole else jnp.float32
-  out_shape = (
-    (work.num_partials, c.rows, c.width), (work.num_partials, c.rows)
-  )
-  sinks = ()
-  if whole:
-    T, N, _ = inputs.query.shape
-    out_shape = (T * N, H), (T, N)
-    sinks = () if inputs.sinks is None else (inputs.sinks,)
+  T, N, _ = inputs.query.shape
+  out_shape = [
+    jax.ShapeDtypeStruct((T, N * c.width), dtype),
+    jax.ShapeDtypeStruct((T, N), jnp.float32),
+  ]
+  staging = ()
+  if c.cut != hopper_tuning.WHOLE:
+    partials = work.num_partials, c.rows
+    out_shape += [
+      jax.ShapeDtypeStruct((*partials, c.width), jnp.float32),
+      jax.ShapeDtypeStruct(partials, jnp.float32),
+    ]
+    staging = (
+      mosaic.SMEM(
+        (rows, c.columns),
+        jnp.float32,
+        transforms=backend.tiled(c.columns, jnp.float32),
+      ),
+      mosaic.SMEM((rows,), jnp.float32),
+    )
+  sinks = () if inputs.sinks is None else (inputs.sinks,)
   kernel = backend.mosaic_call(
     functools.partial(_kernel, inputs, c, interpret),
     name="paged_decode",
     grid=(work.num_ctas,),
     grid_names=("cta",),
-    out_shape=(
-      jax.ShapeDtypeStruct(out_shape[0], staged),
-      jax.ShapeDtypeStruct(out_shape[1], jnp.float32),
-    ),
+    out_shape=out_shape,
     scratch=(
+      *staging,
       mosaic.SMEM((c.query_slots, rows, H), dtype, transforms=tiled),
       stage,
       stage,
-      mosaic.SMEM(
-        (rows, c.columns),
-        staged,
-        transforms=backend.tiled(c.columns, staged),
-      ),
-      mosaic.SMEM((rows,), jnp.float32),
       barrier(num_arrivals=c.block_tokens, num_barriers=c.query_slots),
       barrier(num_arrivals=c.consumers, num_barriers=c.query_slots),
       barrier(num_arrivals=c.copies, num_barriers=c.stages),
@@ -153,10 +158,13 @@ def _kernel(inputs, c, interpret, *refs):
   num_tables = 2 if inputs.combined else 1
   tables, refs = refs[:num_tables], refs[num_tables:]
   sinks_ref = None
-  if c.cut == hopper_tuning.WHOLE and inputs.sinks is not None:
+  if inputs.sinks is not None:
     sinks_ref, *refs = refs
-  o_ref, lse_ref, q_smem, k_smem, v_smem, o_smem, lse_smem, *barriers = refs
-  *barriers, v_clean = barriers
+  out_ref, out_lse_ref, *refs = refs
+  shares = staging = ()
+  if c.cut != hopper_tuning.WHOLE:
+    shares, staging, refs = refs[:2], refs[2:4], refs[4:]
+  q_smem, k_smem, v_smem, *barriers, v_clean = refs
   cta = lax.axis_index("cta")
   wg = lax.axis_index("wg")
   # The plan and the page table are older than any kernel that may still run:
@@ -192,10 +200,11 @@ def _kernel(inputs, c, interpret, *refs):
       walk,
       interpret,
       wg,
-      (o_ref, lse_ref, sinks_ref),
-      (
-        q_smem.at[:, rows], k_smem, v_smem, o_smem.at[rows], lse_smem.at[rows]
-      ),
+      sinks_ref,
+      (out_ref, out_lse_ref),
+      shares,
+      (q_smem.at[:, rows], k_smem, v_smem),
+      tuple(x.at[rows] for x in staging),
       (*barriers, v_clean),
     )
 
@@ -229,12 +238,14 @@ def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
     if equal:
       taken = count = jnp.minimum(units - unit, left)
       ended = True  # or nothing is left
+      whole = count == units
       partial = cta + b * c.segments + segment
     else:
       taken = _i32(1)
       count = jnp.minimum(units - unit, sequence[hopper_plan.PIECE])
       items = sequence[hopper_plan.ITEMS]
       ended = item + 1 >= items
+      whole = items == 1
       partial = sequence[hopper_plan.OFFSET] + segment * items + item
     last = ended & (segment + 1 >= c.segments)
     next_b = jnp.where(last, sequence[hopper_plan.NEXT], b)
@@ -255,6 +266,7 @@ def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
         tiles=lax.div(count + (c.copies - 1), _i32(c.copies)),
         done=done,
         n=n,
+        whole=whole,
         partial=partial,
         next_b=next_b,
         next_begin=ahead

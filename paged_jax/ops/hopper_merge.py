@@ -2,10 +2,11 @@
 
     w_i = 2^(lse_i - max)      out = sum w_i o_i / (sum w_i + 2^(sink - max))
 
-One small CTA for a few neighbouring heads of one query token (as many as fill
-128 lanes). It finds the partials of the token's segment from the plan by
-arithmetic, reads their rows and writes the output row; a segment that one CTA
-computed is a copy. Tokens that no sequence owns get 0 and -inf here.
+What a CTA of the decode kernel computed whole is in the output already and is
+left alone. The rest: one small CTA for a few neighbouring heads of one query
+token (as many as fill 128 lanes). It finds the partials of the token's segment
+from the plan by arithmetic, reads their rows and writes the output row. Tokens
+that no sequence owns get 0 and -inf here.
 
 Where so few heads make no 128 lanes a row is widened to 128 columns, and what
 is in the columns from H on is cut off.
@@ -31,6 +32,8 @@ _UNROLL = (16, 4)  # partials in flight, while that many are left and then
 def merge(
   inputs: Inputs,
   work: hopper_plan.Work,
+  out: Float[Array, "T N*width"],
+  out_lse: Float[Array, "T N"],
   partial: Float[Array, "partials rows width"],
   partial_lse: Float[Array, "partials rows"],
   *,
@@ -51,22 +54,23 @@ def merge(
     name="paged_decode_merge",
     grid=(c.bundles * chunks, blocks),
     grid_names=("chunk", "token"),
-    out_shape=(
-      jax.ShapeDtypeStruct((T, N * c.width), inputs.query.dtype),
-      jax.ShapeDtypeStruct((T, N), jnp.float32),
-    ),
+    out_shape=(),
     scratch=(),
     num_warpgroups=1,
     interpret=interpret,
   )
-  out, lse = kernel(
+  out, out_lse = jax.new_ref(out), jax.new_ref(out_lse)
+  kernel(
     partial.reshape(-1, c.rows * c.width),
     partial_lse,
     work.ctas,
     work.sequences,
     *sinks,
+    out,
+    out_lse,
   )
-  return out.reshape(T, N, c.width)[..., :H], lse
+  out, out_lse = jax.freeze(out), jax.freeze(out_lse)
+  return out.reshape(T, N, c.width)[..., :H], out_lse
 
 
 def _kernel(inputs, c, heads, interpret, *refs):
@@ -111,23 +115,23 @@ def _kernel(inputs, c, heads, interpret, *refs):
   backend.wait_for_previous_kernel(interpret)
   backend.start_next_kernel(interpret)
 
+  items = sequence[hopper_plan.ITEMS]
+  segment = bundle * c.row_blocks + lax.div(j, i32(c.block_tokens))
+  begin = sequence[hopper_plan.OFFSET] + segment * items
+  if c.cut == hopper_tuning.EQUAL:
+    first_cta = lax.div(begin, each)
+    last_cta = lax.div(begin + items - 1, each)
+    count = jnp.where(items > 0, last_cta - first_cta + 1, 0)
+    base = first_cta + b * c.segments + segment
+  else:
+    count, base = items, begin
+
   def merge_heads(head):
-    items = sequence[hopper_plan.ITEMS]
-    block = lax.div(j, i32(c.block_tokens))
-    segment = bundle * c.row_blocks + block
     at = lax.rem(j, i32(c.block_tokens)) * c.token_rows
     token = sequence[hopper_plan.QUERY_START] + j
     row = hopper_fetch.query_row(inputs, c, token, bundle)
     at += hopper_fetch.row_shift(c, row) + head
     first = bundle * c.heads + head
-    begin = sequence[hopper_plan.OFFSET] + segment * items
-    if c.cut == hopper_tuning.EQUAL:
-      first_cta = lax.div(begin, each)
-      last_cta = lax.div(begin + items - 1, each)
-      count = jnp.where(items > 0, last_cta - first_cta + 1, 0)
-      base = first_cta + b * c.segments + segment
-    else:
-      count, base = items, begin
 
     def some(start, unroll, i, carry):
       """Adds partials start + i * unroll and the next ones."""
@@ -176,7 +180,7 @@ def _kernel(inputs, c, heads, interpret, *refs):
     ]
     store(token, first, acc * spread(inverse), lse)
 
-  @pl.when((b < B) & (j < sequence[hopper_plan.QUERY_LENGTH]))
+  @pl.when((b < B) & (j < sequence[hopper_plan.QUERY_LENGTH]) & (count != 1))
   def _():
     each_chunk(merge_heads)
 

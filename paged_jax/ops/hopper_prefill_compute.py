@@ -145,7 +145,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
         @pl.when(dead)
         def _():
           _zero_dead_rows(
-            inputs, c, wg, v_smem.at[slot], low - position, length - position
+            c, wg, v_smem.at[slot], low - position, length - position, interpret
           )
           mosaic.barrier_arrive(v_clean)
           mosaic.barrier_wait(v_clean)
@@ -160,7 +160,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
     query = None
     if c.query_in_registers:
       backend.wait_if(begin < end, q_full.at[q_slot])
-      query = backend.load_blocks(q_smem.at[q_slot], interpret)
+      query = backend.load_blocks(q_smem.at[q_slot], begin < end, interpret)
 
       @pl.when(begin < end)
       def _():
@@ -242,21 +242,12 @@ def _seen(inputs, shape, own, position, high):
   return seen
 
 
-def _zero_dead_rows(inputs, c, wg, v_smem, low, high):
+def _zero_dead_rows(c, wg, v_smem, low, high, interpret):
   """Zeroes the rows of a V tile outside positions low .. high - 1."""
-  H = inputs.head_dim
-  columns = 64 if H % 64 == 0 else H
 
   def zero(i):
-    for j in range(0, H, columns):
-      part = v_smem.at[pl.ds(i * 64, 64), pl.ds(j, columns)]
-      v = mosaic.load(part, layout=mosaic.Layout.WGMMA)
-      at = mosaic.broadcasted_iota(
-        jnp.int32, v.shape, 0, layout=mosaic.Layout.WGMMA
-      )
-      at += i * 64
-      part[...] = jnp.where((at >= low) & (at < high), v, jnp.zeros_like(v))
-    mosaic.commit_smem()
+    part = v_smem.at[pl.ds(i * 64, 64)]
+    backend.zero_dead_rows(part, low - i * 64, high - i * 64, interpret)
 
   for i in range(c.tile // 64):
     pl.when(wg == i % c.consumers)(functools.partial(zero, i))

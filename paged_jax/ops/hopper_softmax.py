@@ -24,10 +24,21 @@ from paged_jax.ops.backend import mosaic
 _LOG2E = math.log2(math.e)
 
 
-def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
+def attend(
+  inputs,
+  c,
+  walk,
+  interpret,
+  wg,
+  sinks_ref,
+  outputs,
+  shares,
+  buffers,
+  staging,
+  barriers,
+):
   """Online softmax over the tiles of each stretch."""
-  o_ref, lse_ref, sinks_ref = outputs
-  q_smem, k_smem, v_smem, o_smem, lse_smem = buffers
+  q_smem, k_smem, v_smem = buffers
   q_full, q_free, k_full, v_full, k_free, v_free, v_clean = barriers
   H = inputs.head_dim
   dtype = inputs.query.dtype
@@ -41,9 +52,6 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
     s, sequence = at.segment, at.sequence
     low = sequence[hopper_plan.LOW]
     high = jnp.minimum(sequence[hopper_plan.HIGH], at.end)
-    sink = None
-    if sinks_ref is not None:
-      sink = _sinks(c, wg, sinks_ref, s * c.heads, full((64,), 0.0, by_row))
     q_slot = lax.rem(at.n, _i32(c.query_slots))
     mosaic.barrier_wait(q_full.at[q_slot])
 
@@ -106,34 +114,74 @@ def attend(inputs, c, walk, interpret, wg, outputs, buffers, barriers):
       ),
     )
     mosaic.barrier_arrive(q_free.at[q_slot])
-    if sink is not None:
-      top = jnp.maximum(m, sink)
-      safe = jnp.where(top == -jnp.inf, 0.0, top)
-      alpha = jnp.exp2(m - safe)
-      l = l * alpha + jnp.exp2(sink - safe)
-      acc = acc * _across(alpha, H)
-      m = top
-    acc = acc * _across(1.0 / jnp.where(l == 0.0, 1.0, l), H)
-    lse = jnp.where(l == 0.0, -jnp.inf, m + jnp.log2(l))
-    place = at.partial
+
+    def share():
+      out, lse = _normalise(acc, m, l)
+      _write_share(c, at.partial, wg, out, lse, shares, staging)
+
+    def whole():
+      weights = acc, m, l
+      if sinks_ref is not None:
+        weights = _add_sinks(inputs, c, wg, s, sequence, sinks_ref, *weights)
+      out, lse = _normalise(*weights)
+      _write_output(
+        inputs, c, interpret, wg, s, sequence, out, lse * (1 / _LOG2E), outputs
+      )
+
     if c.cut == hopper_tuning.WHOLE:
-      acc, lse = acc.astype(dtype), lse * (1 / _LOG2E)
-      place = sequence[hopper_plan.QUERY_START], s * c.heads
-    _write(inputs, c, place, wg, acc, lse, o_ref, lse_ref, o_smem, lse_smem)
+      whole()
+    else:
+      pl.when(at.whole)(whole)
+      pl.when(jnp.logical_not(at.whole))(share)
     return ()
 
   # With H = 256 the accumulator leaves no registers to read ahead.
   walk(lambda b, position: (), stretch, ahead=H < 256)
-  mosaic.wait_smem_to_gmem(0)
+  if shares:
+    mosaic.wait_smem_to_gmem(0)
 
 
-def _sinks(c, wg, sinks_ref, first, zeros):
-  """The sink of each row's head, times log2 e; any value past the heads."""
-  row = _iota((64,), 0, mosaic.Layout.WGMMA.reduce(1)) + wg * 64
-  sink = zeros
+def _normalise(acc, m, l):
+  """Returns acc / l and the log2-sum-exp, 0 and -inf where nothing was seen."""
+  out = acc * _across(1.0 / jnp.where(l == 0.0, 1.0, l), acc.shape[1])
+  return out, jnp.where(l == 0.0, -jnp.inf, m + jnp.log2(l))
+
+
+def _add_sinks(inputs, c, wg, s, sequence, sinks_ref, acc, m, l):
+  """Adds each head's sink to its rows' denominators, as a logit without V."""
+  _, head = _split_rows(inputs, c, wg, s, sequence)
+  first = lax.div(s, _i32(c.row_blocks)) * c.heads
+  sink = jnp.zeros_like(m)
   for h in range(c.heads):
-    sink = jnp.where(row == h, sinks_ref[first + h], sink)
-  return sink * _LOG2E
+    sink = jnp.where(head == h, sinks_ref[first + h] * _LOG2E, sink)
+  top = jnp.maximum(m, sink)
+  safe = jnp.where(top == -jnp.inf, 0.0, top)
+  alpha = jnp.exp2(m - safe)
+  l = l * alpha + jnp.exp2(sink - safe)
+  return acc * _across(alpha, acc.shape[1]), top, l
+
+
+def _split_rows(inputs, c, wg, s, sequence):
+  """Which token of the row block, and which of its heads, each row is.
+
+  Rows around a token's own are of heads below 0 or from c.heads on.
+  """
+  row = _iota((64,), 0, mosaic.Layout.WGMMA.reduce(1))
+  if c.consumers > 1:
+    row += wg * 64
+  token = jnp.zeros_like(row)
+  for j in range(1, c.block_tokens):
+    token += (row >= j * c.token_rows).astype(jnp.int32)
+  head = row - token * c.token_rows
+  if c.heads % 8:
+    bundle = lax.div(s, _i32(c.row_blocks))
+    start = sequence[hopper_plan.QUERY_START]
+    start += lax.rem(s, _i32(c.row_blocks)) * c.block_tokens
+    for j in range(c.block_tokens):
+      first = hopper_fetch.query_row(inputs, c, start + j, bundle)
+      shift = hopper_fetch.row_shift(c, first)
+      head -= shift if c.block_tokens == 1 else jnp.where(token == j, shift, 0)
+  return token, head
 
 
 def _seen(inputs, c, wg, s, sequence, position, low, high):
@@ -151,12 +199,7 @@ def _seen(inputs, c, wg, s, sequence, position, low, high):
     seen = (at >= low) & (at < high)
   if c.kb == 1 and inputs.max_query_length == 1:
     return seen
-  row = _iota((64,), 0, mosaic.Layout.WGMMA.reduce(1))
-  if c.consumers > 1:
-    row += wg * 64
-  token = jnp.zeros_like(row)
-  for j in range(1, c.block_tokens):
-    token += (row >= j * c.token_rows).astype(jnp.int32)
+  token, head = _split_rows(inputs, c, wg, s, sequence)
   if inputs.max_query_length > 1:
     block = lax.rem(s, _i32(c.row_blocks)) * c.block_tokens
     first = sequence[hopper_plan.HIGH] - sequence[hopper_plan.QUERY_LENGTH]
@@ -170,48 +213,43 @@ def _seen(inputs, c, wg, s, sequence, position, low, high):
     if inputs.window is not None:
       seen &= at > _across(own - inputs.window, c.tile)
   if c.kb > 1:
-    row -= token * c.token_rows
-    if c.heads % 8:
-      bundle = lax.div(s, _i32(c.row_blocks))
-      start = sequence[hopper_plan.QUERY_START]
-      start += lax.rem(s, _i32(c.row_blocks)) * c.block_tokens
-      for j in range(c.block_tokens):
-        first = hopper_fetch.query_row(inputs, c, start + j, bundle)
-        shift = hopper_fetch.row_shift(c, first)
-        row -= shift if c.block_tokens == 1 else jnp.where(token == j, shift, 0)
-    head = jnp.zeros_like(row)
+    kv_head = jnp.zeros_like(head)
     for j in range(1, c.kb):
-      head += (row >= j * G).astype(jnp.int32)
+      kv_head += (head >= j * G).astype(jnp.int32)
     theirs = (column >> _log2(step)) & (c.kb - 1)
-    seen &= theirs == _across(head, c.tile)
+    seen &= theirs == _across(kv_head, c.tile)
   return seen
 
 
-def _write(
-  inputs, c, place, wg, out, lse, o_ref, lse_ref, o_smem, lse_smem
+def _write_output(
+  inputs, c, interpret, wg, s, sequence, out, lse, outputs
 ):
-  """Stores a result through shared memory, some columns at a time.
+  """Stores the rows of a whole segment, each to its token and head."""
+  out_ref, lse_ref = outputs
+  token, head = _split_rows(inputs, c, wg, s, sequence)
+  bundle = lax.div(s, _i32(c.row_blocks))
+  token += lax.rem(s, _i32(c.row_blocks)) * c.block_tokens
+  own = (head >= 0) & (head < c.heads)
+  own &= token < sequence[hopper_plan.QUERY_LENGTH]
+  row = jnp.where(own, sequence[hopper_plan.QUERY_START] + token, -1)
+  column = bundle * c.heads + head
+  backend.store_rows(lse_ref, lse, row, column, interpret)
+  backend.store_rows(
+    out_ref, out.astype(out_ref.dtype), row, column * c.width, interpret
+  )
 
-  place: the partial's name or, where this is the output, (token, first head).
-  """
-  whole = c.cut == hopper_tuning.WHOLE
-  most = c.heads if whole else c.rows
+
+def _write_share(c, place, wg, out, lse, shares, staging):
+  """Stores a partial result through shared memory, some columns at a time."""
+  (o_ref, lse_ref), (o_smem, lse_smem) = shares, staging
 
   def copy(w, i):  # the rows of consumer w
-    source = pl.ds(0, min(most - 64 * w, 64))
-    column = pl.ds(i * c.columns, c.columns)
-    if whole:
-      token, head = place[0], place[1] + 64 * w
-      target = o_ref.at[
-        pl.ds(token * inputs.num_heads + head, source.size), column
-      ]
-      target_lse = lse_ref.at[token, pl.ds(head, source.size)]
-    else:
-      target = o_ref.at[place, pl.ds(64 * w, source.size), column]
-      target_lse = lse_ref.at[place, pl.ds(64 * w, source.size)]
+    source = pl.ds(0, min(c.rows - 64 * w, 64))
+    target = pl.ds(64 * w, source.size)
     if i == 0:
-      mosaic.copy_smem_to_gmem(lse_smem.at[source], target_lse)
-    mosaic.copy_smem_to_gmem(o_smem.at[source], target)
+      mosaic.copy_smem_to_gmem(lse_smem.at[source], lse_ref.at[place, target])
+    column = pl.ds(i * c.columns, c.columns)
+    mosaic.copy_smem_to_gmem(o_smem.at[source], o_ref.at[place, target, column])
 
   for i in range(out.shape[1] // c.columns):
     # What was copied from there before must have been read.

@@ -60,7 +60,7 @@ class Config:
   row_blocks: int  # row blocks a bundle
   bundles: int  # K / kb
   columns: int  # columns of a result staged in shared memory at once
-  width: int  # columns of a partial result: H, or what merging needs
+  width: int  # columns of a head's result: H, or what merging needs
 
   @property
   def rows(self) -> int:
@@ -146,12 +146,13 @@ def choose(
   block_tokens = min(Q, 64 * consumers // token_rows)
   if not block_tokens:
     raise TooFewRows(f"G={G} with H={H}: too many rows for a tile")
-  width = H if kb * G >= merged_heads(H) else -(-H // 128) * 128
   cut = FIXED
   if not batch_invariant:
-    whole = decode and kb * G % 8 == 0 and _whole(g, B * K // kb, kb, max_pages)
+    whole = decode and _whole(g, B * K // kb, kb, max_pages)
     cut = given.get("cut", WHOLE if whole else EQUAL)
-  columns = H if cut == WHOLE else math.gcd(H, 64)
+  width = H
+  if cut != WHOLE and kb * G < merged_heads(H):
+    width = -(-H // 128) * 128
   config = Config(
     tile=tile,
     stages=2,
@@ -168,7 +169,7 @@ def choose(
     block_tokens=block_tokens,
     row_blocks=-(-Q // block_tokens),
     bundles=K // kb,
-    columns=given.get("columns", columns),
+    columns=given.get("columns", math.gcd(H, 64)),
     width=width,
   )
   room = _SMEM_BYTES // config.ctas_per_sm - _RESERVED - fixed_bytes(config, H)
@@ -229,8 +230,8 @@ def num_ctas(config: Config, num_sequences: int, sms: int) -> int:
 def fixed_bytes(config: Config, head_dim: int) -> int:
   """Shared memory besides the stages, bytes."""
   rows = 64 * config.consumers
-  output = config.columns * (2 if config.cut == WHOLE else 4)
-  return rows * (config.query_slots * head_dim * 2 + output + 4)
+  staged = 0 if config.cut == WHOLE else config.columns * 4 + 4
+  return rows * (config.query_slots * head_dim * 2 + staged)
 
 
 def merged_heads(width: int) -> int:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 SHAPES = {
   "decode": (4, None, 32, 8, 128, 16, "bfloat16", {}),
   "large batch": (64, None, 32, 8, 128, 16, "bfloat16", {}),
-  "G=7 H=64": (64, None, 14, 2, 64, 16, "bfloat16", {}),
+  "G=7 H=64": (64, None, 14, 2, 64, 16, "bfloat16", dict(M=256)),
   "G=7": (3, None, 28, 4, 128, 16, "bfloat16", {}),
   "f16 H=80 p=1": (3, None, 8, 8, 80, 1, "float16", {}),
   "p=2": (3, None, 8, 8, 128, 2, "bfloat16", {}),
@@ -45,6 +45,7 @@ WHOLE = {
              dict(window=128, soft_cap=30.0, sinks=True, combined=True)),
   "short table": (64, None, 16, 2, 128, 16, "bfloat16", dict(M=4)),
   "many rows": (64, None, 128, 1, 128, 16, "bfloat16", dict(M=4)),
+  "heads amid 8 rows": (64, None, 14, 2, 64, 16, "bfloat16", dict(M=4)),
 }
 
 
