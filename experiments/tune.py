@@ -4,7 +4,7 @@
     python -m experiments.tune --workdir=out/tune
     python -m experiments.tune --shape=qwen2.5-0.5b_dec_b64_c4096_p16_const
 
-Tries tile and bundle sizes, stages, query buffers and CTAs an SM on the stored
+Tries tile and bundle sizes, stages and CTAs an SM on the stored
 decode shapes, keeps every time in tune.jsonl (a second start goes on where the
 first one stopped) and writes hopper_decode.json: one row for each geometry
 where something beats the rule of `paged_jax/ops/hopper_tuning.py` by more than
@@ -58,6 +58,7 @@ def main(argv) -> int:
   effort = cells.Effort(
     steps=_STEPS.value, cold_bytes=512 * 10**6, seconds=_SECONDS.value,
     repeats=_REPEATS.value, ahead=1, most_layers=_STEPS.value,
+    busy_us=10e3,
   )
   started = time.monotonic()
 

@@ -131,15 +131,15 @@ def run(
         group = [
           _cell(shape, name) for name in names or default_names(shape)
         ]
-        jobs[shape] = group, {}
+        limit_us = ceilings[shape.dtype].limit_us(shape.bytes, shape.flops)
+        effort = efforts[shape.phase].of(limit_us)
+        jobs[shape] = group, {}, effort
         if shape.phase != "write":
           ours = [c for c in group if c.implementation not in peers.NAMES]
-          jobs[shape][1].update(
-            cells.compile_ahead(pool, shape, ours, efforts[shape.phase])
-          )
-      futures.wait([f for _, job in jobs.values() for f in job.values()])
-      for shape, (group, job) in jobs.items():
-        args = group, efforts[shape.phase], ceilings[shape.dtype], seed
+          jobs[shape][1].update(cells.compile_ahead(pool, shape, ours, effort))
+      futures.wait([f for _, job, _ in jobs.values() for f in job.values()])
+      for shape, (group, job, effort) in jobs.items():
+        args = group, effort, ceilings[shape.dtype], seed
         if shape.phase == "write":
           rows = writing.run(*args)
         else:

@@ -31,6 +31,7 @@ FAILED = ("wrong", "failed")
 
 # The truth is run once: trying many matmul algorithms on it is wasted.
 _MOST_ROUNDS = 100
+_LONGEST_US = 8e3  # of a timed program of more than two layers
 _QUICK = {"xla_gpu_autotune_level": 0}
 
 
@@ -88,6 +89,11 @@ class Effort:
 
   def layers(self, shape: shapes.Shape) -> int:  # L
     return programs.pool_layers(shape, self.cold_bytes, self.most_layers)
+
+  def of(self, limit_us: float) -> "Effort":
+    """Returns it with fewer steps where a layer takes at least `limit_us`."""
+    steps = int(max(_LONGEST_US / limit_us, 2))
+    return dataclasses.replace(self, steps=min(self.steps, steps))
 
   def rounds(self, shape: shapes.Shape) -> int:
     """How often a timed program visits its layers."""

@@ -82,8 +82,10 @@ def candidates(shape: shapes.Shape) -> list[dict[str, Any]]:
   tried: list[dict[str, Any]] = [
     dict(tile=tile, kb=kb) for tile, kb in itertools.product(_TILES, _BUNDLES)
   ]
-  tried += [dict(query_slots=n) for n in (1, 2, 3)]
-  tried += [dict(tile=64, stages=n) for n in (2, 3)]
+  tried += [
+    dict(tile=tile, stages=n)
+    for tile, n in itertools.product(_TILES, (2, 3, 4))
+  ]
   if shape.head_dim <= 64:  # more take too many registers for two CTAs
     tried += [dict(tile=64, kb=kb, ctas_per_sm=2) for kb in _BUNDLES]
   if shape.window is not None:  # else the lengths decide, which vary
@@ -202,7 +204,12 @@ def _compile(shape, effort):
       return dataclasses.replace(plan, work=work)
 
     prepare = programs.ours(shape, "hopper", replan=replan)
-    program = programs.chain(prepare, layers=layers, steps=effort.steps)
+    program = programs.chain(
+      prepare,
+      layers=layers,
+      steps=effort.steps,
+      rounds=effort.rounds(shape),
+    )
     return program.lower(state, spec["query"]).compile()
 
   with futures.ThreadPoolExecutor(2) as pool:
@@ -239,7 +246,8 @@ def _measure(shape, effort, seed, truth, jobs):
         calls[key] = call
     except Exception as error:
       result["error"] = cells.one_line(error)
-  options = dict(steps=effort.steps, repeats=effort.repeats)
+  steps = effort.steps * effort.rounds(shape)
+  options = dict(steps=steps, repeats=effort.repeats)
   model = timing.wall(calls, seconds=effort.seconds, **options)
   in_graphs = "enable_command_buffer" in os.environ.get("XLA_FLAGS", "")
   for key, call in calls.items():

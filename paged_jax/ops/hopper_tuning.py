@@ -28,6 +28,7 @@ _SMEM_BYTES = 227 * 1024  # what a CTA may take on sm_90
 _RESERVED = 4096  # barriers, reduction scratch, what the driver takes
 _SMS = 132  # H100; a guess is enough for the rule
 _SM_BYTES = 23e3  # of K and V that an SM gets in a us when all are busy
+_IN_FLIGHT = 64 * 1024  # bytes of K and V that an SM waits for; more is slower
 _MERGE_US = 4.0  # what a merging kernel costs
 _INVARIANT_B = 32  # the batch that a batch-invariant plan is made for
 _INVARIANT_TOKENS = 256  # shortest piece of it
@@ -126,10 +127,11 @@ def choose(
   B = _INVARIANT_B if batch_invariant else num_sequences
   given = measured(g, B) if overrides is None else overrides
   consumers = 2 if _token_rows(G) * Q > 64 and H <= 128 else 1
-  tile = 64 if H > 128 or consumers == 2 else 128
-  if B * K * max_pages * p <= _SMS * tile and not batch_invariant:
-    tile = 64  # longer ones would never be full
-  tile = given.get("tile", tile)
+  # Large pages: a tile is a part of one head's page, and short ones are many.
+  short = H > 128 or consumers == 2 or (H == 128 and p < 64)
+  if B * K * max_pages * p <= _SMS * 128 and not batch_invariant:
+    short = True  # longer ones would never be full
+  tile = given.get("tile", 64 if short else 128)
   kb = given.get("kb") or _bundle(g, tile, B)
   step = min(p, tile // kb)
   if tile % 64 or K % kb or (kb > 1 and step < p) or tile % (kb * step):
@@ -173,7 +175,9 @@ def choose(
     width=width,
   )
   room = _SMEM_BYTES // config.ctas_per_sm - _RESERVED - fixed_bytes(config, H)
-  stages = min(given.get("stages", 8), room // (2 * tile * H * 2))
+  stage = 2 * tile * H * 2  # bytes
+  stages = given.get("stages", max(_IN_FLIGHT // stage, 2))
+  stages = min(stages, room // stage)
   return dataclasses.replace(config, stages=stages)
 
 
