@@ -97,15 +97,16 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
         pl.when(i + 1 == end)(pass_turn)
 
       logits = backend.matmul(
-        query if c.query_in_registers else q_smem.at[q_slot],
+        query,
         k_smem.at[slot],
         (64, size),
         interpret,
         meanwhile=pass_turn,
+        rest=rest,
       )
       mosaic.barrier_arrive(k_free.at[slot])
 
-      if not c.query_in_registers:
+      if rest is not None:
 
         @pl.when(i + 1 == end)
         def _():
@@ -157,10 +158,16 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
       mosaic.barrier_arrive(v_free.at[slot])
       return acc, m_new, l
 
-    query = None
-    if c.query_in_registers:
-      backend.wait_if(begin < end, q_full.at[q_slot])
-      query = backend.load_blocks(q_smem.at[q_slot], begin < end, interpret)
+    blocks, _, width = q_smem.shape[1:]
+    held = c.query_in_registers // width
+    backend.wait_if(begin < end, q_full.at[q_slot])
+    query = backend.load_blocks(
+      q_smem.at[q_slot, pl.ds(0, held)], begin < end, interpret
+    )
+    rest = None
+    if held < blocks:
+      rest = q_smem.at[q_slot, pl.ds(held, blocks - held)]
+    else:
 
       @pl.when(begin < end)
       def _():
@@ -168,8 +175,6 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
 
     @pl.when(begin < end)
     def _():
-      if not c.query_in_registers:
-        mosaic.barrier_wait(q_full.at[q_slot])
       mosaic.barrier_wait(k_full.at[slot_of(begin)])
       take_turn()
 

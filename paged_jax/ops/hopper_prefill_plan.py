@@ -52,7 +52,7 @@ class Config:
   query_slots: int  # query tiles in flight
   columns: int  # columns of the output staged in shared memory at once
   registers: tuple[int, int]  # of a fetching thread, of a computing one
-  query_in_registers: bool  # while an item lasts
+  query_in_registers: int  # columns that are held while an item lasts
   lazy: bool  # whether the maximum is followed with slack
   # Float32 partials of each token, by parts of the KV; 0: none, but the output.
   splits: int = 0
@@ -130,7 +130,9 @@ def choose(geometry: Geometry, **overrides: Any) -> Config:
     registers=overrides.get(
       "registers", (24, 240) if H > 96 and len(kinds) == 1 else (56, 224)
     ),
-    query_in_registers=overrides.get("query_in_registers", H <= 128),
+    query_in_registers=overrides.get(
+      "query_in_registers", H if H <= 128 else 64
+    ),
     lazy=overrides.get("lazy", H > 128),
   )
 

@@ -1,11 +1,11 @@
 """Every Triton kernel lowers for CUDA on a host without a GPU."""
 
 import jax
+from jax.experimental import pallas as pl
 import jax.numpy as jnp
 import pytest
 
 import paged_jax
-from paged_jax.ops import backend
 from tests.lowering import cuda
 
 # name: B, T, N, K, H, p, dtype, and what else the call gets. T=None: decode.
@@ -54,9 +54,9 @@ def test_a_pool_above_2_31_elements_gets_64_bit_offsets(capfd):
 def _offset_widths(num_pages, capfd):
   """Returns the Triton code of the kernels, as Pallas prints it."""
   with pytest.MonkeyPatch.context() as patch:
-    plain = backend.pl.pallas_call
+    plain = pl.pallas_call
     patch.setattr(
-      backend.pl, "pallas_call", lambda *a, **k: plain(*a, **k, debug=True)
+      pl, "pallas_call", lambda *a, **k: plain(*a, **k, debug=True)
     )
     _lower(2, None, 8, 8, 128, 16, "bfloat16", num_pages=num_pages)
   text = capfd.readouterr().out

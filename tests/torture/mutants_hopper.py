@@ -83,7 +83,7 @@ MUTANTS = {
     "tests/ops/test_hopper.py::test_slots_before_a_long_window_are_not_seen",
   ),
   "too little of V zeroed": (
-    "backend.py",
+    "backend/rows.py",
     "at = at // (heads * step) * step + at % step",
     "at = at // heads",
     _DECODE.format("few heads of 80"),

@@ -1,0 +1,55 @@
+"""The GPU dialects of Pallas, and what differs between jax versions.
+
+The one place that names pallas.triton and pallas.mosaic_gpu: kernels call what
+is here, so that a change in jax, or the end of a dialect, costs these files.
+
+    triton     the Triton dialect
+    mosaic     the Mosaic dialect itself
+    launch     calls in it, and what orders kernels, warps and copies
+    layouts    of shared memory
+    products   on the tensor cores
+    rows       in and out of their layout
+"""
+
+from jax.experimental.pallas import mosaic_gpu as mosaic
+
+from paged_jax.ops.backend.launch import (
+  copy_if,
+  counter,
+  draw,
+  each_warp,
+  mosaic_call,
+  set_max_registers,
+  start_next_kernel,
+  wait_for_previous_kernel,
+  wait_if,
+)
+from paged_jax.ops.backend.layouts import blocked, tiled
+from paged_jax.ops.backend.products import (
+  compute_now,
+  matmul,
+  matmul_add,
+  rescale,
+)
+from paged_jax.ops.backend.rows import (
+  load_blocks,
+  store_block,
+  store_rows,
+  zero_dead_rows,
+)
+from paged_jax.ops.backend.triton import (
+  compute_capability,
+  dot,
+  exp2,
+  load,
+  store,
+  triton_call,
+)
+
+__all__ = [
+  "blocked", "compute_capability", "compute_now", "copy_if", "counter", "dot",
+  "draw", "each_warp", "exp2", "load", "load_blocks", "matmul", "matmul_add",
+  "mosaic", "mosaic_call", "rescale", "set_max_registers",
+  "start_next_kernel", "store", "store_block", "store_rows", "tiled",
+  "triton_call", "wait_for_previous_kernel", "wait_if", "zero_dead_rows",
+]

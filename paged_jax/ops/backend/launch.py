@@ -1,0 +1,148 @@
+"""The Mosaic dialect of Pallas: calls, and what orders kernels and warps."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as mosaic
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, memref
+import jax.numpy as jnp
+from jaxlib.mlir.dialects import llvm, nvvm
+
+
+def mosaic_call(
+  kernel: Callable[..., None],
+  *,
+  name: str,
+  grid: tuple[int, ...],
+  grid_names: tuple[str, ...],
+  out_shape: Sequence[jax.ShapeDtypeStruct],
+  scratch: Sequence[Any],
+  num_warpgroups: int,
+  interpret: bool,
+) -> Callable[..., Sequence[jax.Array]]:
+  """Returns `plgpu.kernel` of a kernel whose threads are warpgroups.
+
+  Args:
+    kernel: takes one ref an input, one an output, then one a scratch.
+    name: name of the kernel in profiles.
+    grid: CTAs.
+    grid_names: names of the grid's axes; the warpgroup axis is "wg".
+    out_shape: shapes and dtypes of the outputs.
+    scratch: shared memory and barriers.
+    num_warpgroups: warpgroups of 128 threads a CTA.
+    interpret: whether to simulate it on CPU, barriers and races included.
+  """
+
+  def named(*refs):
+    kernel(*refs)
+
+  named.__name__ = name
+  simulate = {}
+  if interpret:
+    simulate["interpret"] = mosaic.InterpretGPUParams(detect_races=True)
+  return mosaic.kernel(
+    named,
+    out_type=tuple(out_shape),
+    grid=grid,
+    grid_names=grid_names,
+    num_threads=num_warpgroups,
+    thread_name="wg",
+    scratch_types=tuple(scratch),
+    compiler_params=mosaic.CompilerParams(
+      approx_math=True,
+      # The default differs between versions.
+      lowering_semantics=mosaic.LoweringSemantics.Lane,
+    ),
+    **simulate,
+  )
+
+
+def each_warp(body: Callable[..., None], interpret: bool) -> None:
+  """Calls body(warps=[w]) on each warp w of a warpgroup by itself.
+
+  Simulated, one caller does the work of all: body(warps=[0, 1, 2, 3]).
+  """
+  if interpret:
+    body(warps=list(range(4)))
+  else:
+    mosaic.warp_map(lambda warp: body(warps=[warp]))
+
+
+def set_max_registers(count: int, action: str, interpret: bool) -> None:
+  """Moves registers between warpgroups; some compilers ignore it."""
+  if not interpret:
+    mosaic.set_max_registers(count, action=action)
+
+
+def wait_if(condition: Any, barrier: Any) -> None:
+  """Waits for the barrier's next phase where `condition` holds."""
+
+  @pl.when(condition)
+  def _():
+    mosaic.barrier_wait(barrier)
+
+
+def wait_for_previous_kernel(interpret: bool) -> None:
+  """Blocks until what earlier kernels wrote is there; see the next."""
+  if not interpret:
+    mosaic.griddepcontrol_wait()
+
+
+def start_next_kernel(interpret: bool) -> None:
+  """Lets the next kernel be launched now, if it waits as above."""
+  if not interpret:
+    mosaic.griddepcontrol_launch_dependents()
+
+
+def copy_if(
+  live: Any, source: Any, target: Any, barrier: Any, interpret: bool
+) -> None:
+  """Copies to shared memory if `live`; arrives on `barrier` in any case."""
+  if not interpret:
+    mosaic.copy_gmem_to_smem(source, target, barrier, predicate=live)
+    return
+
+  # The interpreter has no predicate.
+  @pl.when(live)
+  def _():
+    mosaic.copy_gmem_to_smem(source, target, barrier)
+
+  @pl.when(jnp.logical_not(live))
+  def _():
+    mosaic.barrier_arrive(barrier)
+
+
+def counter() -> Any:
+  """Returns a counter in global memory that all CTAs share, 0 at first."""
+  return pl.get_global(mosaic.SemaphoreType.REGULAR)
+
+
+def draw(counter: Any, target: Any, base: int) -> None:
+  """Stores base + counter into `target`, SMEM [1], and raises the counter.
+
+  For one warp; its later arrivals on barriers tell others of the number.
+  """
+
+  @mosaic.inline_mgpu(arg_types=(mosaic.RefType(), mosaic.RefType()))
+  def add(ctx, counter, target):
+    del ctx
+    i32 = ir.IntegerType.get_signless(32)
+    zero = arith.constant(ir.IndexType.get(), 0)
+    with mgpu.when(nvvm.elect_sync()):
+      number = llvm.inline_asm(
+        i32,
+        [mgpu_utils.memref_ptr(counter)],
+        "atom.relaxed.gpu.global.add.u32 $0, [$1], 1;",
+        "=r,l",
+        has_side_effects=True,
+      )
+      number = arith.addi(number, arith.constant(i32, base))
+      memref.store(number, target, [zero])
+    nvvm.bar_warp_sync(arith.constant(i32, -1))
+
+  add(counter, target)

@@ -1,0 +1,229 @@
+"""Moving rows in the layout of the tensor cores' results."""
+
+from typing import Any
+
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as mosaic
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, memref, vector
+import jax.numpy as jnp
+from jaxlib.mlir.dialects import llvm
+import numpy as np
+
+from paged_jax.ops.backend import layouts
+
+
+def load_blocks(ref: Any, wanted: Any, interpret: bool) -> Any:
+  """Returns `blocked` rows, [64, columns], in WGMMA's layout.
+
+  They may be copied over once all threads are past this. Where they are not
+  `wanted` they may be anything, and what is returned is not to be used.
+  """
+  blocks, rows, width = ref.shape
+  if interpret:  # reading while others write is an error
+    values = lax.cond(
+      wanted, lambda: ref[...], lambda: jnp.zeros(ref.shape, ref.dtype)
+    )
+    mosaic.commit_smem()
+    return values.swapaxes(0, 1).reshape(rows, blocks * width)
+  *_, transforms = layouts.blocked(width, ref.dtype)
+
+  @mosaic.inline_mgpu(
+    arg_types=(mosaic.RefType(transforms),),
+    return_type=mosaic.ShapeDtypeStruct(
+      (rows, blocks * width), ref.dtype, layout=mosaic.Layout.WGMMA
+    ),
+  )
+  def load(ctx, ref):
+    del ctx
+    return mgpu.FragmentedArray.load_tiled(
+      layouts.row_tiles(ref), transforms[0].swizzle, layout=mgpu.WGMMA_LAYOUT
+    )
+
+  values = load(ref)
+  mosaic.commit_smem()
+  return values
+
+
+def store_block(ref: Any, value: Any, interpret: bool) -> None:
+  """Stores [64, width] in WGMMA's layout into a block of `blocked`."""
+  if interpret:
+    ref[...] = value
+    return
+  *_, transforms = layouts.blocked(ref.shape[1], ref.dtype)
+
+  @mosaic.inline_mgpu(
+    arg_types=(mosaic.RefType(transforms), mosaic.Layout.WGMMA)
+  )
+  def store(ctx, ref, value):
+    del ctx
+    rows = mgpu.memref_unfold(ref, 0, (None, 8))
+    value.store_tiled(mgpu.memref_unsqueeze(rows, 1), transforms[0].swizzle)
+
+  store(ref, value)
+
+
+def store_rows(
+  ref: Any, value: Any, rows: Any, columns: Any, interpret: bool
+) -> None:
+  """Stores rows of a WGMMA result into global memory, each to its own place.
+
+  Args:
+    ref: [R, C] in global memory.
+    value: [64, n] in WGMMA's layout, or one number a row, [64].
+    rows: int32 [64], target row; below 0: not stored.
+    columns: int32 [64], target of the first column.
+  """
+  if interpret:
+    width = value.shape[1:]
+
+    def one(i, _):
+      row, column = rows[i], columns[i]
+
+      @pl.when(row >= 0)
+      def _():
+        if width:
+          ref[row, pl.ds(column, width[0])] = value[i]
+        else:
+          ref[row, column] = value[i]
+
+      return 0
+
+    lax.fori_loop(0, value.shape[0], one, 0)
+    return
+  layout = mosaic.Layout.WGMMA
+  offsets = jnp.zeros_like(columns)
+  if value.ndim == 2:
+    rows, columns = (
+      lax.broadcast_in_dim(x, value.shape, [0]) for x in (rows, columns)
+    )
+    offsets = mosaic.broadcasted_iota(
+      jnp.int32, value.shape, 1, layout=layout
+    )
+  else:
+    layout = layout.reduce(1)
+  indices = [mosaic.layout_cast(x, layout) for x in (rows, columns, offsets)]
+
+  @mosaic.inline_mgpu(arg_types=(mosaic.RefType(), *[layout] * 4))
+  def store(ctx, ref, value, rows, columns, offsets):
+    del ctx
+    index = ir.IndexType.get()
+    zero = arith.constant(ir.IntegerType.get_signless(32), 0)
+
+    def first(register):  # of the neighbouring columns a register holds
+      if not isinstance(register.type, ir.VectorType):
+        return register
+      return vector.extract(register, [], [0])
+
+    by_row = {}  # a thread holds parts of a few rows
+    for at in np.ndindex(value.registers.shape):
+      by_row.setdefault(rows.registers[at], []).append(at)
+    for row, places in by_row.items():
+      row, base = first(row), first(columns.registers[places[0]])
+      with mgpu.when(arith.cmpi(arith.CmpIPredicate.sge, row, zero)):
+        for at in places:
+          column = arith.addi(base, first(offsets.registers[at]))
+          place = [arith.index_cast(index, x) for x in (row, column)]
+          register = value.registers[at]
+          if isinstance(register.type, ir.VectorType):
+            vector.store(register, ref, place)
+          else:
+            memref.store(register, ref, place)
+
+  store(ref, value, *indices)
+
+
+def zero_dead_rows(
+  ref: Any,
+  first: Any,
+  last: Any,
+  interpret: bool,
+  *,
+  heads: int = 1,
+  step: int = 1,
+) -> None:
+  """Zeroes rows of `ref` outside positions first .. last - 1.
+
+  Called by a whole warpgroup. It reads nothing and takes few registers.
+
+  Args:
+    ref: [n, k] in SMEM, `tiled`, n a multiple of 64. Rows are [n / (heads *
+      step), heads, step]: `heads` ones of each position.
+    first: int32 scalar, may be negative.
+    last: int32 scalar, may be larger than n.
+    interpret: whether this is simulated.
+    heads: a power of two.
+    step: a power of two; of no account if heads is 1.
+  """
+  rows, columns = ref.shape
+  if interpret:
+    at = lax.broadcasted_iota(jnp.int32, ref.shape, 0)
+    if heads > 1:
+      at = at // (heads * step) * step + at % step
+    values = ref[...]
+    ref[...] = jnp.where(
+      (at >= first) & (at < last), values, jnp.zeros_like(values)
+    )
+    mosaic.commit_smem()
+    return
+  transforms = layouts.tiled(columns, ref.dtype)
+  scalar = mosaic.Layout.WG_SPLAT(())
+
+  @mosaic.inline_mgpu(arg_types=(mosaic.RefType(transforms), scalar, scalar))
+  def zero(ctx, ref, first, last):
+    del ctx
+    # [rows of 8, tiles, 8, width]: a swizzle moves 16 bytes about in a row of a
+    # tile, which is dead as a whole.
+    _, tiles, _, width = ref.type.shape
+    strides, _ = ref.type.get_strides_and_offset()
+    assert list(strides) == [tiles * 8 * width, 8 * width, width, 1], strides
+    width = transforms[1].swizzle  # bytes
+    lanes = width // 16  # threads of a row
+    i32 = ir.IntegerType.get_signless(32)
+    byte = ir.IntegerType.get_signless(8)
+
+    def split(x, by):  # quotient and remainder
+      by = arith.constant(i32, by)
+      return arith.divui(x, by), arith.remui(x, by)
+
+    def times(x, by):
+      return arith.muli(x, arith.constant(i32, by))
+
+    def dead(i):
+      at = arith.addi(row, arith.constant(i32, i))
+      if heads > 1:
+        at = arith.addi(
+          times(split(at, heads * step)[0], step), split(at, step)[1]
+        )
+      return arith.ori(
+        arith.cmpi(arith.CmpIPredicate.slt, at, first),
+        arith.cmpi(arith.CmpIPredicate.sge, at, last),
+      )
+
+    first, last = (x.registers.item() for x in (first, last))
+    _, thread = split(mgpu.thread_idx(), 128)
+    row, lane = split(thread, lanes)
+    block, within = split(row, 8)
+    offset = arith.addi(
+      arith.addi(times(block, tiles * 8 * width), times(within, width)),
+      times(lane, 16),
+    )
+    zeros = llvm.mlir_zero(ir.VectorType.get((4,), i32))
+    start = mgpu_utils.memref_ptr(ref)
+    dynamic = -(2**31)  # stands for an index that is no constant
+    start = llvm.getelementptr(start.type, start, [offset], [dynamic], byte, 0)
+    for i in range(0, rows, 128 // lanes):
+      with mgpu.when(dead(i)):
+        for j in range(tiles):
+          at = (i * tiles + j * 8) * width
+          llvm.store(
+            zeros,
+            llvm.getelementptr(start.type, start, [], [at], byte, 0),
+            alignment=16,
+          )
+
+  zero(ref, first, last)
+  mosaic.commit_smem()
