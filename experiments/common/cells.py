@@ -92,8 +92,9 @@ class Effort:
 
   def of(self, limit_us: float) -> "Effort":
     """Returns it with fewer steps where a layer takes at least `limit_us`."""
-    steps = int(max(_LONGEST_US / limit_us, 2))
-    return dataclasses.replace(self, steps=min(self.steps, steps))
+    steps = min(self.steps, int(max(_LONGEST_US / limit_us, 2)))
+    layers = min(self.most_layers, steps)  # else a program visits a part only
+    return dataclasses.replace(self, steps=steps, most_layers=layers)
 
   def rounds(self, shape: shapes.Shape) -> int:
     """How often a timed program visits its layers."""

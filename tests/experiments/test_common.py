@@ -220,6 +220,17 @@ def _effort():
   )
 
 
+def test_long_layers_get_short_programs_that_visit_all_of_the_pool():
+  shape = _shape(batch=1, context=4096)
+  effort = dataclasses.replace(
+    _effort(), steps=8, most_layers=8, cold_bytes=10**9
+  )
+  assert effort.of(10.0) == effort
+  long = effort.of(3e3)
+  assert (long.steps, long.layers(shape)) == (2, 2)
+  assert not long.takes_first(shape)
+
+
 def test_bench_compares_in_one_run():
   (name,) = bench.select(["cpu_tiny"])
   limits = ceilings.Ceilings(
