@@ -3,7 +3,7 @@
     w_i = 2^(lse_i - max)      out = sum w_i o_i / (sum w_i + 2^(sink - max))
 
 What a CTA of the decode kernel computed whole is in the output already and is
-left alone. The rest: one warpgroup for a few neighbouring heads of one query
+left alone. The rest: one small CTA for a few neighbouring heads of one query
 token (as many as fill its 128 lanes). It finds the partials of the token's
 segment from the plan by arithmetic, reads their rows and writes the output row.
 Tokens that no sequence owns get 0 and -inf here.
@@ -26,7 +26,6 @@ from paged_jax.ops.backend import mosaic
 from paged_jax.ops.inputs import Inputs
 
 _LOG2E = math.log2(math.e)
-_WARPGROUPS = 4  # a CTA; starting CTAs is what a merge of nothing costs
 _UNROLL = (16, 4)  # partials in flight, while that many are left and then
 
 
@@ -44,8 +43,7 @@ def merge(
   T, N, H = inputs.query.shape
   c = work.config
   heads = hopper_tuning.merged_heads(c.width)
-  chunks = c.bundles * (c.heads // heads)
-  warpgroups = math.gcd(chunks, _WARPGROUPS)
+  chunks = c.heads // heads
   Q = inputs.max_query_length
   blocks = inputs.num_sequences * Q
   if not inputs.decode:
@@ -54,11 +52,11 @@ def merge(
   kernel = backend.mosaic_call(
     functools.partial(_kernel, inputs, c, heads, interpret),
     name="paged_decode_merge",
-    grid=(chunks // warpgroups, blocks),
+    grid=(c.bundles * chunks, blocks),
     grid_names=("chunk", "token"),
     out_shape=(),
     scratch=(),
-    num_warpgroups=warpgroups,
+    num_warpgroups=1,
     interpret=interpret,
   )
   out, out_lse = jax.new_ref(out), jax.new_ref(out_lse)
@@ -81,10 +79,8 @@ def _kernel(inputs, c, heads, interpret, *refs):
   H, Q = c.width, inputs.max_query_length
   i32 = functools.partial(jnp.array, dtype=jnp.int32)
   chunks = c.heads // heads
-  warpgroups = math.gcd(c.bundles * chunks, _WARPGROUPS)
-  part = lax.axis_index("chunk") * warpgroups + lax.axis_index("wg")
-  bundle = lax.div(part, i32(chunks))
-  chunk = lax.rem(part, i32(chunks))
+  bundle = lax.div(lax.axis_index("chunk"), i32(chunks))
+  chunk = lax.rem(lax.axis_index("chunk"), i32(chunks))
   size = heads * H
   layout = mosaic.Layout.WG_STRIDED((size,), vec_size=_vector(size))
   lane = mosaic.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
@@ -104,7 +100,7 @@ def _kernel(inputs, c, heads, interpret, *refs):
       out_lse_ref[token, first + i] = value
 
   def each_chunk(do):
-    """Calls do(first head of the bundle) for what this warpgroup merges."""
+    """Calls do(first head of the bundle) for what this CTA merges."""
     do(chunk * heads)
     if c.heads % heads:  # the rest, with some heads a second time
       pl.when(chunk == chunks - 1)(lambda: do(i32(c.heads - heads)))
