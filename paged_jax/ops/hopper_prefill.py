@@ -1,7 +1,8 @@
 """Prefill on Hopper: packed ragged queries by a persistent, pipelined kernel.
 
-A CTA takes one work item (hopper_prefill_plan.py) after the other. One
-warpgroup fetches, the others compute, 64 rows each:
+A CTA takes one work item after the other (hopper_prefill_items.py) from a list
+(hopper_prefill_plan.py). One warpgroup fetches, the others compute, 64 rows
+each:
 
     producer                          consumer
     for each item:                    for each item:
@@ -15,7 +16,9 @@ warpgroup fetches, the others compute, 64 rows each:
 The consumers take turns on the tensor cores: while one has softmax to do, the
 other multiplies (p v_i and then q k_{i+1}). Masks are applied only in KV tiles
 that some row does not see whole. The copies of the next item run ahead of the
-end of this one, its output leaves while the next one begins.
+end of this one, its output leaves while the next one begins. The queries of an
+item are held in registers, as far as those go (H 128): shared memory is busy
+enough with K and V.
 
 Dead slots must not be seen, not even as 0 * NaN. Pages without a live position
 are not copied, and in a tile that is not live throughout the dead rows of V are
