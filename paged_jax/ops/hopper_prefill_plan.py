@@ -15,7 +15,9 @@ All tiles form one list; work item i is tile i // K for kv head i % K. CTA c
 begins with item c, and whoever is done takes the next one. Long items come
 first, so what is left at the end is small: the list is sorted by the power of
 two below the KV tiles they walk, and like ones by sequence, so that CTAs at
-work at the same time read the same keys and values.
+work at the same time read the same keys and values. Light tiles, as those of
+decode rows, wait for memory where others wait for the tensor cores: among like
+ones they are spread evenly, so that both are busy.
 """
 
 import dataclasses
@@ -37,6 +39,8 @@ from paged_jax.ops.plan import Geometry
 SEQUENCE, TOKEN, ROWS, AT, LENGTH, LOW, BEGIN, END = range(8)
 
 _SMEM_BYTES = 227 * 1024  # what a CTA may take on sm_90
+_LIGHT = 4  # a tile with this part of its tokens, or less, is light
+_AHEAD = 0.9  # the others are begun that much sooner: they take longer
 _RESERVED = 3072  # barriers, what the driver takes
 
 
@@ -200,9 +204,27 @@ def make_work(
     end,
   )
   tiles = jnp.stack(columns, axis=1)
-  order = jnp.argsort(jnp.where(used, lax.clz(end - begin), 64))
+  light = _LIGHT * own <= tokens[b]
+  order = _order(jnp.where(used, end - begin, -1), light)
   head = jnp.stack([ends[-1], query_starts[-1]])
   return Work(tiles=tiles[order], head=head, config=config)
+
+
+def _order(steps, light):
+  """Long tiles first; of like ones, the light ones spread among the others.
+
+  steps: int32 [tiles], KV tiles each walks; -1: not in use, to the end.
+  light: bool [tiles].
+  """
+  octave = lax.clz(jnp.maximum(steps, 0)) + (steps < 0)  # 0 to 33, long first
+  group = 2 * octave + light
+  groups = jnp.arange(2 * 34, dtype=jnp.int32)
+  sizes = (group[:, None] == groups).sum(axis=0, dtype=jnp.int32)
+  order = jnp.argsort(group)
+  group = group[order]
+  rank = jnp.arange(len(group)) - (jnp.cumsum(sizes) - sizes)[group]
+  at = (rank + 0.5) / sizes[group] * jnp.where(group % 2 == 1, 1.0, _AHEAD)
+  return order[jnp.argsort(group // 2 + at)]
 
 
 def pack(own, head, kind, split=0):

@@ -72,6 +72,19 @@ def test_tiles_walk_what_their_rows_see_longest_first():
     assert tile[plan_lib.END] == -(-(tile[plan_lib.AT] + own) // config.tile)
 
 
+def test_light_tiles_lie_among_others_of_their_length():
+  """Decode rows of 4k beside a chunk: memory and tensor cores busy at once."""
+  tiles, _, _, _ = _work(
+    (512, *[1] * 30), (8000, *[4096] * 30), 542, num_heads=8
+  )
+  light = tiles[:, plan_lib.SEQUENCE] > 0
+  assert light.sum() == 30 and len(light) == 46
+  counts = [part.sum() for part in np.array_split(light, 4)]
+  assert min(counts) >= 6, counts
+  longer, _, _, _ = _work((512, 1), (500, 30000), 513, num_heads=8)
+  assert longer[0, plan_lib.SEQUENCE] == 1  # long ones still come first
+
+
 def test_decode_rows_are_packed_and_long_prompts_are_not():
   tiles, config, _, _ = _work((512, 1), (512, 4000), num_heads=14)
   kinds = plan_lib.unpack(tiles[:, plan_lib.ROWS])[2]
