@@ -74,7 +74,7 @@ MUTANTS = {
     "hopper_softmax.py",
     "dead = (position < low) | (position + c.tokens > high)",
     "dead = position < low",
-    _DECODE.format("bundles of tiny pages"),
+    _DECODE.format("split segments"),
   ),
   "dead V before the window not zeroed": (
     "hopper_softmax.py",
