@@ -8,7 +8,7 @@ minutes for `triton` and `xla`, `hopper` comes on top; tiny half a minute.
 
 Result: every cell ok, exit code 0, out/sweep/qwen/report.html. On a CPU 22
 cells of `xla` are timed and 16 of `triton` are interpreted: verified, no speed.
-On a GPU all 270 cells are timed.
+On a GPU there are 270 cells.
 """
 
 from ml_collections import config_dict

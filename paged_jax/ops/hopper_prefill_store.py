@@ -1,8 +1,8 @@
 """What a warpgroup of the Hopper prefill kernel writes: output rows and LSE.
 
-Whole blocks of tokens leave through shared memory by TMA. Where a tile begins
-or ends amid a block, each row is stored by itself, for the rows around belong
-to other sequences.
+Whole blocks of tokens leave through shared memory by TMA. Where a tile ends
+amid a block, each row is stored by itself, for the rows behind belong to other
+sequences.
 """
 
 import functools

@@ -55,6 +55,17 @@ class Problem:
       live[:] = live.any(0)
     return live[0], live[1]
 
+  def moved(self) -> "Problem":
+    """The same problem with every page elsewhere in the pool."""
+    P = self.k_pages.shape[0]
+    to = np.random.default_rng(0).permutation(P)
+    entries = np.append(to, P).astype(np.int32)
+    return self.replace(
+      k_pages=jnp.zeros_like(self.k_pages).at[to].set(self.k_pages),
+      v_pages=jnp.zeros_like(self.v_pages).at[to].set(self.v_pages),
+      page_table=jnp.asarray(entries[np.asarray(self.page_table)]),
+    )
+
   def poisoned(self, value: float) -> "Problem":
     """The same problem with `value` in every dead slot."""
     k_live, v_live = self.live_slots()

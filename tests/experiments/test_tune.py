@@ -80,18 +80,23 @@ def test_every_row_of_the_table_is_a_valid_choice():
       )
 
 
+def _tiny(name, head_dim):
+  """A shape, and the least effort to time it with."""
+  shape = shapes.Shape(
+    name=name, phase="decode", batch=2, num_heads=2, num_kv_heads=1,
+    head_dim=head_dim, page_size=16, context=40, dtype="bfloat16",
+  )
+  return shape, cells.Effort(
+    steps=1, cold_bytes=0, seconds=0.0, repeats=2, ahead=1, most_layers=1
+  )
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason="hopper needs jax 0.11"
 )
 def test_a_shape_is_tuned():
-  shape = shapes.Shape(
-    name="tiny", phase="decode", batch=2, num_heads=2, num_kv_heads=1,
-    head_dim=64, page_size=16, context=40, dtype="bfloat16",
-  )
-  effort = cells.Effort(
-    steps=1, cold_bytes=0, seconds=0.0, repeats=2, ahead=1, most_layers=1
-  )
+  shape, effort = _tiny("tiny", head_dim=64)
   said = []
   (rows,) = tuning.run([shape], effort, seed=0, say=said.append)
   assert said == ["compiled tiny"]
@@ -103,13 +108,7 @@ def test_a_shape_is_tuned():
 
 
 def test_a_process_that_dies_costs_its_shape_only():
-  shape = shapes.Shape(
-    name="no such head", phase="decode", batch=2, num_heads=2, num_kv_heads=1,
-    head_dim=48, page_size=16, context=40, dtype="bfloat16",
-  )
-  effort = cells.Effort(
-    steps=1, cold_bytes=0, seconds=0.0, repeats=2, ahead=1, most_layers=1
-  )
+  shape, effort = _tiny("no such head", head_dim=48)
   said = []
   assert list(tuning.run([shape], effort, 0, say=said.append)) == []
   assert said[0] == "failed: no such head, see above"

@@ -249,14 +249,7 @@ def test_dead_slots_and_moved_pages_change_no_bit():
   want = data.call(made, "hopper", plan=_plan(made))
   got = data.call(made.poisoned(np.inf), "hopper", plan=_plan(made))
   data.assert_same_bits(got, want)
-  P = made.k_pages.shape[0]
-  moved_to = np.random.default_rng(0).permutation(P)
-  entries = np.append(moved_to, P).astype(np.int32)
-  moved = made.replace(
-    k_pages=jnp.zeros_like(made.k_pages).at[moved_to].set(made.k_pages),
-    v_pages=jnp.zeros_like(made.v_pages).at[moved_to].set(made.v_pages),
-    page_table=jnp.asarray(entries[np.asarray(made.page_table)]),
-  )
+  moved = made.moved()
   data.assert_same_bits(data.call(moved, "hopper", plan=_plan(moved)), want)
 
 
