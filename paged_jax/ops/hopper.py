@@ -177,7 +177,9 @@ def _make_work(
   """The plan of the kernel that takes a step of this geometry."""
   if geometry.max_query_length > _FEW_QUERIES:
     # Every tile walks its own positions: batch-invariant as it is.
-    config = hopper_prefill_plan.choose(geometry, **(overrides or {}))
+    config = hopper_prefill_plan.choose(
+      geometry, lengths.shape[0], num_tokens, **(overrides or {})
+    )
     return hopper_prefill_plan.make_work(
       lengths, query_starts, geometry, config, num_tokens
     )

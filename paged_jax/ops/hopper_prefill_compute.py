@@ -24,7 +24,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from paged_jax.ops import backend, hopper_prefill_store, hopper_softmax
+from paged_jax.ops import (
+  backend,
+  hopper_prefill_store,
+  hopper_prefill_units,
+  hopper_softmax,
+)
 from paged_jax.ops import hopper_prefill_plan as plan
 from paged_jax.ops.backend import mosaic
 
@@ -39,7 +44,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
   q_full, q_free, k_full, v_full, k_free, v_free, turns, v_clean = barriers
   H, size = inputs.head_dim, c.tile
   dtype = inputs.query.dtype
-  unit = inputs.scale * _LOG2E
+  log2_unit = inputs.scale * _LOG2E
   by_row = mosaic.Layout.WGMMA.reduce(1)
 
   def take_turn():
@@ -73,46 +78,58 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
       (out_ref, lse_ref, o_smem),
     )
 
-  def item(tile, kv_head, done, n):
-    begin, end = tile[plan.BEGIN], tile[plan.END]
+  def walk_item(item, *_):
+    tile, begin, end = item.tile, item.tile[plan.BEGIN], item.tile[plan.END]
     at, length = tile[plan.AT], tile[plan.LENGTH]
-    low = 0 if inputs.window is None else tile[plan.LOW]
     *_, kind = plan.unpack(tile[plan.ROWS])
     token, _ = _split_rows(c, wg, kind)
-    q_slot = lax.rem(n, _i32(c.query_slots))
+    units = hopper_prefill_units.Units(inputs=inputs, config=c, tile=tile)
+    q_slot = lax.rem(item.n, _i32(c.query_slots))
 
-    def slot_of(i):
-      return lax.rem(done + (i - begin), _i32(c.stages))
+    def slot_of(kv_tile):
+      return lax.rem(item.done + (kv_tile - begin), _i32(c.stages))
 
-    def one_tile(i, carry, masked):
+    def clean(kv_tile):
+      """Zeroes what is dead of V, each warpgroup its part of the rows."""
+      position = kv_tile * size
+      low = 0 if inputs.window is None else tile[plan.LOW]
+      dead = length - position < size
+      if inputs.window is not None:
+        dead |= low - position > 0
+
+      @pl.when(dead)
+      def _():
+        v = v_smem.at[slot_of(kv_tile)]
+        low_here, high_here = low - position, length - position
+        _zero_dead_rows(c, wg, v, low_here, high_here, interpret)
+        mosaic.barrier_arrive(v_clean)
+        mosaic.barrier_wait(v_clean)
+
+    def one_unit(i, carry, stretch):
       acc, m, l = carry
-      position = i * size
-      slot = slot_of(i)
+      width, masked = stretch.width, stretch.masked
+      unit = units.unit(i, width)
+      position, slot = unit.position, slot_of(unit.tile)
+      k, v = k_smem.at[slot], v_smem.at[slot]
+      if width < size:
+        within = pl.multiple_of(lax.rem(position, _i32(size)), width)
+        k, v = k.at[pl.ds(within, width)], v.at[pl.ds(within, width)]
 
       def prepare_next():
-        @pl.when(i + 1 < end)
-        def _():
-          mosaic.barrier_wait(k_full.at[slot_of(i + 1)])
+        pl.when(unit.ends)(pass_turn)
 
-        pl.when(i + 1 == end)(pass_turn)
+        @pl.when(jnp.logical_not(unit.ends) & unit.closes)
+        def _():
+          mosaic.barrier_wait(k_full.at[slot_of(unit.tile + 1)])
 
       logits = backend.matmul(
-        query,
-        k_smem.at[slot],
-        (64, size),
-        interpret,
-        meanwhile=pass_turn,
-        rest=rest,
+        query, k, (64, width), interpret, meanwhile=pass_turn, rest=rest
       )
-      mosaic.barrier_arrive(k_free.at[slot])
-
+      _when(unit.closes, lambda: mosaic.barrier_arrive(k_free.at[slot]))
       if rest is not None:
+        pl.when(unit.ends)(lambda: mosaic.barrier_arrive(q_free.at[q_slot]))
 
-        @pl.when(i + 1 == end)
-        def _():
-          mosaic.barrier_arrive(q_free.at[q_slot])
-
-      factor = unit  # logits times this are in units of log2
+      factor = log2_unit  # logits times this are in units of log2
       if inputs.soft_cap is not None:
         logits = hopper_softmax.soft_cap(logits, inputs.scale, inputs.soft_cap)
         factor = _LOG2E
@@ -128,7 +145,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
       if masked:
         shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
       alpha = jnp.exp2(m - shift)
-      p = jnp.exp2(logits * factor - _across(shift, size))
+      p = jnp.exp2(logits * factor - _across(shift, width))
       l = l * alpha + p.sum(axis=1)
       p = p.astype(dtype)
       if c.lazy:
@@ -137,26 +154,36 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
       else:
         acc = acc * _across(alpha, H)
         acc, l, m_new, p = lax.optimization_barrier((acc, l, m_new, p))
-      mosaic.barrier_wait(v_full.at[slot])
-      if masked:
-        dead = length - position < size
-        if inputs.window is not None:
-          dead |= low - position > 0
 
-        @pl.when(dead)
-        def _():
-          _zero_dead_rows(
-            c, wg, v_smem.at[slot], low - position, length - position, interpret
-          )
-          mosaic.barrier_arrive(v_clean)
-          mosaic.barrier_wait(v_clean)
+      def v_ready():
+        mosaic.barrier_wait(v_full.at[slot])
+        if masked:
+          clean(unit.tile)
 
+      _when(unit.opens, v_ready)
       take_turn()
-      acc = backend.matmul_add(
-        acc, p, v_smem.at[slot], interpret, meanwhile=prepare_next
-      )
-      mosaic.barrier_arrive(v_free.at[slot])
+      acc = backend.matmul_add(acc, p, v, interpret, meanwhile=prepare_next)
+      _when(unit.closes, lambda: mosaic.barrier_arrive(v_free.at[slot]))
       return acc, m_new, l
+
+    def one_unit_without_rows(i, _, stretch):
+      unit = units.unit(i, stretch.width)
+      slot = slot_of(unit.tile)
+
+      def ready():
+        mosaic.barrier_wait(k_full.at[slot])
+        mosaic.barrier_wait(v_full.at[slot])
+        if stretch.masked:
+          clean(unit.tile)
+
+      def done():
+        mosaic.barrier_arrive(k_free.at[slot])
+        mosaic.barrier_arrive(v_free.at[slot])
+
+      _when(unit.opens, ready)
+      _when(unit.closes, done)
+      take_turn()
+      pass_turn()
 
     blocks, _, width = q_smem.shape[1:]
     held = c.query_in_registers // width
@@ -168,33 +195,44 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
     if held < blocks:
       rest = q_smem.at[q_slot, pl.ds(held, blocks - held)]
     else:
+      pl.when(begin < end)(lambda: mosaic.barrier_arrive(q_free.at[q_slot]))
 
+    def compute():
       @pl.when(begin < end)
       def _():
+        mosaic.barrier_wait(k_full.at[slot_of(begin)])
+        take_turn()
+
+      carry = (
+        full((64, H), 0.0, mosaic.Layout.WGMMA),
+        full((64,), -jnp.inf, by_row),
+        full((64,), 0.0, by_row),
+      )
+      for stretch in units.stretches():
+        one = functools.partial(one_unit, stretch=stretch)
+        carry = lax.fori_loop(stretch.first, stretch.last, one, carry)
+      finish(tile, item.kv_head, *carry)
+
+    def keep_step():
+      """Does without rows what `compute` does for others to go on."""
+      take_turn()
+      pass_turn()
+      for stretch in units.stretches():
+        one = functools.partial(one_unit_without_rows, stretch=stretch)
+        lax.fori_loop(stretch.first, stretch.last, one, None)
+      if rest is not None:
         mosaic.barrier_arrive(q_free.at[q_slot])
 
-    @pl.when(begin < end)
-    def _():
-      mosaic.barrier_wait(k_full.at[slot_of(begin)])
-      take_turn()
-
-    carry = (
-      full((64, H), 0.0, mosaic.Layout.WGMMA),
-      full((64,), -jnp.inf, by_row),
-      full((64,), 0.0, by_row),
-    )
-    start, stop = _whole_tiles(inputs, c, tile)
-    stretches = [(start, stop, False), (stop, end, True)]
-    if inputs.window is not None:
-      stretches.insert(0, (begin, start, True))
-    for first, last, masked in stretches:
-      one = functools.partial(one_tile, masked=masked)
-      carry = lax.fori_loop(first, last, one, carry)
-    finish(tile, kv_head, *carry)
+    if not c.narrow:
+      compute()
+      return
+    has_rows = wg * 64 < c.tokens_of(kind) * c.heads_of(kind)
+    pl.when(has_rows)(compute)
+    pl.when((begin < end) & jnp.logical_not(has_rows))(keep_step)
 
   final = c.consumers - 1
   pl.when(wg == final)(lambda: mosaic.barrier_arrive(turns.at[0]))
-  items.walk(item)
+  items.walk(walk_item)
   pl.when(wg == 0)(take_turn)  # the last turn passed on must be seen
   mosaic.wait_smem_to_gmem(0)
 
@@ -203,30 +241,8 @@ def _split_rows(c, wg, kind):
   """Which token of the tile, and which of its heads, each row is."""
   by_row = mosaic.Layout.WGMMA.reduce(1)
   row = mosaic.broadcasted_iota(jnp.int32, (64,), 0, layout=by_row) + wg * 64
-  splits = []
-  for tokens, _ in c.kinds:
-    splits.append((row & (tokens - 1), row >> (tokens.bit_length() - 1)))
-  if len(splits) == 1:
-    return splits[0]
-  return tuple(jnp.where(kind == 0, a, b) for a, b in zip(*splits))
-
-
-def _whole_tiles(inputs, c, tile):
-  """The stretch of KV tiles that all rows see whole."""
-  begin, end, at = (tile[j] for j in (plan.BEGIN, plan.END, plan.AT))
-  own, _, _ = plan.unpack(tile[plan.ROWS])
-  size = _i32(c.tile)
-  seen = tile[plan.LENGTH]
-  if inputs.causal:
-    seen = jnp.minimum(seen, at + 1)
-  elif inputs.max_query_length > 1:
-    seen = jnp.where(at < 0, 0, seen)
-  stop = jnp.clip(lax.div(jnp.maximum(seen, 0), size), begin, end)
-  if inputs.window is None:
-    return begin, stop
-  low = jnp.maximum(at + own - inputs.window, 0)
-  start = jnp.clip(lax.div(low + (c.tile - 1), size), begin, end)
-  return start, jnp.maximum(stop, start)
+  tokens = c.tokens_of(kind)  # a power of two
+  return row & (tokens - 1), row >> (31 - lax.clz(tokens))
 
 
 def _seen(inputs, shape, own, position, high):
@@ -275,6 +291,11 @@ def _add_sinks(inputs, c, tile, kv_head, head, sinks_ref, acc, m, l):
   alpha = jnp.exp2(m - shift)
   l = l * alpha + jnp.exp2(sink - shift)
   return acc * _across(alpha, inputs.head_dim), m_new, l
+
+
+def _when(condition, do):
+  """Calls do() if `condition`, which may be known at compile time."""
+  do() if condition is True else pl.when(condition)(do)
 
 
 def _across(x, columns):

@@ -75,13 +75,30 @@ def fetch(
     if most > heads:
       each(most - heads, none)
 
-  def item(tile, kv_head, done, n):
+  def first_pages(tile):
+    return pages_at(tile[plan.SEQUENCE], tile[plan.BEGIN] * c.tile)
+
+  def fetch_item(item, pages, following):
+    tile, kv_head, done, n = item.tile, item.kv_head, item.done, item.n
     b, begin = tile[plan.SEQUENCE], tile[plan.BEGIN]
+    steps = tile[plan.END] - begin
+    once = None  # whether no other tile reads these keys and values
+    if c.narrow:
+      once = plan.unpack(tile[plan.ROWS])[2] == 0
+      # With more to keep, ptxas takes uniform registers from the products.
+      pages = first_pages(tile)
 
     def one_tile(i, pages):
       position = (begin + i) * c.tile
       slot = lax.rem(done + i, _i32(c.stages))
-      following = pages_at(b, position + c.tile)
+      next_b, next_position = b, position + c.tile
+      if not c.narrow:
+        last = i + 1 == steps
+        next_b = jnp.where(last, following[plan.SEQUENCE], b)
+        next_position = jnp.where(
+          last, following[plan.BEGIN] * c.tile, next_position
+        )
+      next_pages = pages_at(next_b, next_position)
 
       def copy(pool, smem, full, free, ids):
         ids = iter(ids)
@@ -95,7 +112,9 @@ def fetch(
           if step < p:  # a tile is part of a page
             source = pool.at[index, pl.ds(lax.rem(at, _i32(p)), step)]
           target = smem.at[slot, pl.ds(j * step, step)]
-          backend.copy_if(live, source, target, full.at[slot], interpret)
+          backend.copy_if(
+            live, source, target, full.at[slot], interpret, once
+          )
 
         each(c.copies, one)
 
@@ -112,12 +131,12 @@ def fetch(
           )
 
       copy(v_ref, v_smem, v_full, v_free, pages[1])
-      return following
+      return next_pages
 
-    steps = tile[plan.END] - begin
-    lax.fori_loop(0, steps, one_tile, pages_at(b, begin * c.tile))
+    # Items without KV tiles are listed last: what this finds fits the next one.
+    return lax.fori_loop(0, steps, one_tile, pages)
 
-  tiles, items = items.walk(item, warps)
+  tiles, items = items.walk(fetch_item, warps, first_pages)
   # Every phase of a barrier is seen by its waiter, the last ones too.
   for free, uses in ((q_free, items), (k_free, tiles), (v_free, tiles)):
     for i in range(c.query_slots if free is q_free else c.stages):

@@ -37,6 +37,16 @@ def scratch(config: plan.Config) -> tuple[Any, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+  """A tile for one kv head."""
+
+  tile: Any  # plan row
+  kv_head: Any
+  done: Any  # KV tiles of this CTA before
+  n: Any  # items of this CTA before that had some
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Items:
   """The items of this CTA, one after the other.
 
@@ -59,14 +69,18 @@ class Items:
   claims: tuple[Any, ...] | None
 
   def walk(
-    self, body: Callable[..., None], warps: list[Any] | None = None
+    self,
+    body: Callable[..., Any],
+    warps: list[Any] | None = None,
+    ahead: Callable[..., Any] = lambda tile: None,
   ) -> tuple[Any, Any]:
-    """Calls body(tile, kv_head, done, n) for each item of this CTA.
+    """Calls body(item, found, following) for each item of this CTA.
 
     Args:
-      body: `tile` is a plan row; `done` KV tiles and `n` items with some came
-        before.
+      body: takes an `Item`, what was found ahead for it, and the plan row of
+        the next one; returns what it found ahead for that.
       warps: those that the caller fetches with; None: it computes.
+      ahead: plan row -> what is to be found ahead of the first item.
 
     Returns:
       The numbers of KV tiles and of items with some.
@@ -84,7 +98,7 @@ class Items:
       return tuple(self.tiles[row, j] for j in range(plan.END + 1))
 
     def one(carry):
-      i, r, done, n, tile = carry
+      i, r, done, n, tile, found = carry
       if warps is None:
         tile = self._listed_or_unowned(i, tile, listed, used)
       else:  # there is nothing to fetch behind the list
@@ -94,16 +108,18 @@ class Items:
       following = self._claimed(r + 1)
       # Issued now, looked at after the tiles: their latency is hidden.
       tile_next = read(following)
-      body(tile, lax.rem(i, _i32(K)), done, n)
+      item = Item(tile=tile, kv_head=lax.rem(i, _i32(K)), done=done, n=n)
+      found = body(item, found, tile_next)
       steps = tile[plan.END] - tile[plan.BEGIN]
       n = n + jnp.where(steps > 0, 1, 0)
-      return following, r + 1, done + steps, n, tile_next
+      return following, r + 1, done + steps, n, tile_next, found
 
     zero = _i32(0)
     if warps is not None:
       self._claim(zero + 1, warps)
-    carry = self.cta, zero, zero, zero, read(self.cta)
-    _, _, done, n, _ = lax.while_loop(
+    first = read(self.cta)
+    carry = self.cta, zero, zero, zero, first, ahead(first)
+    _, _, done, n, *_ = lax.while_loop(
       lambda carry: carry[0] < count, one, carry
     )
     return done, n

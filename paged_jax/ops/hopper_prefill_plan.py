@@ -1,15 +1,18 @@
 """The plan of a Hopper prefill step: tiles of queries, the longest ones first.
 
 A tile is 64 rows a computing warpgroup, filled by some query tokens of one
-sequence times some of the G query heads that share a kv head. There are two
+sequence times some of the G query heads that share a kv head. There are three
 kinds, by the query tokens that a sequence has:
 
-    kind    tokens x heads        e.g. G = 7    for
-    long    128 x 1               128 x 1       prompts and chunks
-    short   as many heads as fit   16 x 7       decode rows and short chunks
+    kind    tokens x heads         e.g. G = 7    for
+    narrow  short, of 64 rows        8 x 7       decode rows (G up to 8)
+    long    128 x 1                128 x 1       prompts and chunks
+    short   as many heads as fit    16 x 7       short chunks
 
-Packing heads is free where G is a power of two: then both kinds are the short
+Packing heads is free where G is a power of two: then a long tile is a short
 one. A decode row in a batch of chunks costs one tile that reads its KV once.
+Narrow ones, where only one of the computing warpgroups multiplies, are there if
+the batch is mixed, as far as static facts tell. They change no bit.
 
 All tiles form one list; work item i is tile i // K for kv head i % K. CTA c
 begins with item c, and whoever is done takes the next one. Long items come
@@ -21,6 +24,7 @@ ones they are spread evenly, so that both are busy.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -39,8 +43,9 @@ from paged_jax.ops.plan import Geometry
 SEQUENCE, TOKEN, ROWS, AT, LENGTH, LOW, BEGIN, END = range(8)
 
 _SMEM_BYTES = 227 * 1024  # what a CTA may take on sm_90
-_LIGHT = 4  # a tile with this part of its tokens, or less, is light
+_LIGHT = 4  # a tile with this part of all rows, or less, is light
 _AHEAD = 0.9  # the others are begun that much sooner: they take longer
+_UNEVEN = 4  # narrow tiles where the longest query is so many times the mean
 _RESERVED = 3072  # barriers, what the driver takes
 
 
@@ -52,11 +57,12 @@ class Config:
   stages: int  # tiles of K and of V in flight
   step: int  # positions that one copy brings: a page, or a tile of it
   consumers: int  # computing warpgroups, 64 rows each
-  kinds: tuple[tuple[int, int], ...]  # (tokens, heads): long, short; or one
+  kinds: tuple[tuple[int, int], ...]  # (tokens, heads), the last one is short
   query_slots: int  # query tiles in flight
   columns: int  # columns of the output staged in shared memory at once
   registers: tuple[int, int]  # of a fetching thread, of a computing one
   query_in_registers: int  # columns that are held while an item lasts
+  part: int  # positions of a unit where some row does not see all
   lazy: bool  # whether the maximum is followed with slack
   # Float32 partials of each token, by parts of the KV; 0: none, but the output.
   splits: int = 0
@@ -68,6 +74,19 @@ class Config:
   @property
   def copies(self) -> int:
     return self.tile // self.step
+
+  @property
+  def narrow(self) -> bool:
+    """Whether some tiles have rows for one computing warpgroup only."""
+    return len(self.kinds) > 1 and math.prod(self.kinds[0]) <= 64
+
+  def tokens_of(self, kind: Any) -> Any:
+    """Query tokens of a tile of that kind, or kinds."""
+    return _pick([tokens for tokens, _ in self.kinds], kind)
+
+  def heads_of(self, kind: Any) -> Any:
+    """Query heads of a tile of that kind, or kinds."""
+    return _pick([heads for _, heads in self.kinds], kind)
 
   def out_rows(self, num_tokens: int) -> int:
     """Token rows of the output, or of one split's partials: whole tiles."""
@@ -87,8 +106,20 @@ class Work:
   config: Config = dataclasses.field(metadata=dict(static=True))
 
 
-def choose(geometry: Geometry, **overrides: Any) -> Config:
+def choose(
+  geometry: Geometry,
+  num_sequences: int = 1,
+  num_tokens: int | None = None,
+  **overrides: Any,
+) -> Config:
   """Returns the kernel's shape for a geometry.
+
+  Args:
+    geometry: static facts of the call.
+    num_sequences: B.
+    num_tokens: T; None: unknown.
+    **overrides: fields of Config, to tune; `consumers`; `unpacked`, not to pack
+      heads; `narrow`, whether to have that kind.
 
   Raises:
     NotImplementedError: the kernel cannot do this geometry.
@@ -117,6 +148,11 @@ def choose(geometry: Geometry, **overrides: Any) -> Config:
   if overrides.get("unpacked"):
     packed = False
   kinds = (short,) if packed else (long, short)
+  narrow = num_tokens is not None and g.window is None and heads <= 8
+  # Worth what it costs an item (1 % of a prompt) where the batch is mixed.
+  narrow &= _UNEVEN * (num_tokens or 0) <= num_sequences * g.max_query_length
+  if overrides.get("narrow", narrow):
+    kinds = ((tokens // consumers, heads), *kinds)
   tile = overrides.get("tile", 128 if H <= 128 else 64)
   columns = overrides.get("columns", {192: 96, 256: 64}.get(H, H))
   query_slots = overrides.get("query_slots", 1)
@@ -132,11 +168,11 @@ def choose(geometry: Geometry, **overrides: Any) -> Config:
     columns=columns,
     # 128 threads fetch: a + 2 b is what the register file has for 384 threads.
     registers=overrides.get(
-      "registers", (24, 240) if H > 96 and len(kinds) == 1 else (56, 224)
+      "registers", (40, 232) if H > 96 and len(kinds) == 1 else (56, 224)
     ),
-    query_in_registers=overrides.get(
-      "query_in_registers", H if H <= 128 else 64
-    ),
+    query_in_registers=min(H, 128),
+    # A tile of 128 tokens sees some of all parts of its last KV tile.
+    part=overrides.get("part", 64 if packed and tokens <= 64 else tile),
     lazy=overrides.get("lazy", H > 128),
   )
 
@@ -166,13 +202,10 @@ def make_work(
     tokens, heads = config.kinds[kind]
     return -(-queries // tokens) * -(-G // heads)
 
-  kind = jnp.zeros_like(queries)
-  if len(config.kinds) > 1:
-    # A packed tile wastes rows; a long one does when it has few tokens.
-    kind = (num_tiles(1) < num_tiles(0)).astype(jnp.int32)
-  tokens, heads = (
-    jnp.array([k[i] for k in config.kinds], jnp.int32)[kind] for i in range(2)
-  )
+  # Few tiles. Of as many, narrow ones are less work and long ones waste less.
+  kind = jnp.stack([num_tiles(k) for k in range(len(config.kinds))])
+  kind = kind.argmin(axis=0).astype(jnp.int32)
+  tokens, heads = config.tokens_of(kind), config.heads_of(kind)
   groups = -(-G // heads)
   counts = -(-queries // tokens) * groups
   ends = jnp.cumsum(counts, dtype=jnp.int32)
@@ -204,7 +237,7 @@ def make_work(
     end,
   )
   tiles = jnp.stack(columns, axis=1)
-  light = _LIGHT * own <= tokens[b]
+  light = _LIGHT * own * heads[b] <= config.rows
   order = _order(jnp.where(used, end - begin, -1), light)
   head = jnp.stack([ends[-1], query_starts[-1]])
   return Work(tiles=tiles[order], head=head, config=config)
@@ -232,25 +265,33 @@ def pack(own, head, kind, split=0):
 
   split: with Config.splits, which of the partials the tile writes.
   """
-  return own | head << 8 | kind << 16 | split << 17
+  return own | head << 8 | kind << 16 | split << 18
 
 
 def unpack(rows):
   """Returns (own, head, kind); see `pack`."""
-  return rows & 255, rows >> 8 & 255, rows >> 16 & 1
+  return rows & 255, rows >> 8 & 255, rows >> 16 & 3
 
 
 def split_of(rows):
   """Returns the split; see `pack`."""
-  return rows >> 17
+  return rows >> 18
+
+
+def _pick(values, which):
+  """values[which] of static numbers: no memory is read."""
+  picked = jnp.full_like(which, values[-1])
+  for i, value in enumerate(values[:-1]):
+    picked = jnp.where(which == i, value, picked)
+  return picked
 
 
 def _most_tiles(B, Q, G, config, num_tokens):
-  """A bound on the tiles of a step."""
-  most = 0
+  """A bound on the tiles of a step: of no kind would there be fewer."""
+  bounds = []
   for tokens, heads in config.kinds:
     bound = B * -(-Q // tokens)
     if num_tokens is not None:
       bound = min(bound, num_tokens // tokens + B)
-    most = max(most, bound * -(-G // heads))
-  return most
+    bounds.append(bound * -(-G // heads))
+  return min(bounds)

@@ -27,19 +27,10 @@ def store(
   tokens_own, first_head, kind = plan.unpack(tile[plan.ROWS])
   heads_left = G - first_head
   first_head += kv_head * G
-  own = (token < tokens_own) & (head < heads_left)
-  for k, (_, heads) in enumerate(c.kinds):
-    own &= (head < heads) | (kind != k)
+  own = (token < tokens_own) & (head < heads_left) & (head < c.heads_of(kind))
   if c.splits:
     first += plan.split_of(tile[plan.ROWS]) * c.out_rows(inputs.num_tokens)
   row = jnp.where(own, first + token, -1)
-  if c.splits:
-    backend.store_rows(lse_ref, lse, row, first_head + head, interpret)
-  else:
-    backend.store_rows(
-      lse_ref, lse, jnp.where(own, first_head + head, -1), first + token,
-      interpret,
-    )
 
   def by_tma(tokens):
     block = min(tokens, 64)
@@ -65,6 +56,8 @@ def store(
 
   one_by_one = first >= 0
   for k, (tokens, heads) in enumerate(c.kinds):
+    if k == 0 and c.narrow:  # not worth its instructions
+      continue
     offset = lax.rem(wg * 64, _i32(tokens))
     whole = (kind == k) & (heads_left >= heads)
     whole &= tokens_own >= offset + min(tokens, 64)
@@ -77,6 +70,15 @@ def store(
   def _():
     backend.store_rows(
       out_ref, out, row, (first_head + head) * H, interpret
+    )
+
+  # Last, for what TMA reads must wait for stores that are under way.
+  if c.splits:
+    backend.store_rows(lse_ref, lse, row, first_head + head, interpret)
+  else:
+    backend.store_rows(
+      lse_ref, lse, jnp.where(own, first_head + head, -1), first + token,
+      interpret,
     )
 
 

@@ -214,9 +214,14 @@ def _plan_prefix(length, used, geometry, num_tokens, num_ctas):
   columns[lib.END] = steps * (part + 1) // config.splits
   tiles = jnp.stack(jnp.broadcast_arrays(*columns), axis=-1)
   tiles = tiles.reshape(-1, lib.END + 1)
+  # Parts without KV tiles are to be listed last.
+  listed = whole.head[0] * config.splits
+  empty = tiles[:, lib.BEGIN] == tiles[:, lib.END]
+  unused = jnp.arange(len(tiles)) >= listed
+  tiles = tiles[jnp.argsort(empty + 2 * unused)]
   # No tiles for tokens that no sequence owns: the merge does not look there.
   all_used = jnp.int32(2**30)
-  head = jnp.stack([whole.head[0] * config.splits, all_used])
+  head = jnp.stack([listed, all_used])
   return lib.Work(tiles=tiles, head=head, config=config)
 
 

@@ -1,6 +1,7 @@
 """The prefill kernel of `hopper`: its plan, and what packed tiles may break."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 import paged_jax
 from paged_jax.ops import hopper_prefill_plan as plan_lib
+from paged_jax.ops import hopper_prefill_units as units_lib
 from paged_jax.ops.plan import Geometry
 from tests.conformance import data
 
@@ -28,7 +30,7 @@ GEOMETRY = Geometry(
 def _work(queries, lengths, num_tokens=None, **changes):
   geometry = dataclasses.replace(GEOMETRY, **changes)
   starts = np.cumsum((0, *queries)).astype(np.int32)
-  config = plan_lib.choose(geometry)
+  config = plan_lib.choose(geometry, len(queries), num_tokens)
   work = plan_lib.make_work(
     jnp.array(lengths, jnp.int32), jnp.asarray(starts), geometry, config,
     num_tokens,
@@ -70,6 +72,80 @@ def test_tiles_walk_what_their_rows_see_longest_first():
     low = max(tile[plan_lib.AT] - 199, 0)
     assert tile[plan_lib.BEGIN] == low // config.tile
     assert tile[plan_lib.END] == -(-(tile[plan_lib.AT] + own) // config.tile)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    dict(num_heads=8),
+    dict(num_heads=8, window=200),
+    dict(num_heads=4, window=333),
+    dict(num_heads=8, causal=False),
+    dict(window=90),
+    dict(num_heads=8, head_dim=256, window=50),
+  ],
+)
+def test_units_are_what_rows_see(changes):
+  tiles, config, _, _ = _work((300, 1, 40), (1000, 700, 90), 341, **changes)
+  geometry = dataclasses.replace(GEOMETRY, **changes)
+  inputs = types.SimpleNamespace(
+    causal=geometry.causal, window=geometry.window, max_query_length=300
+  )
+  assert config.part == (128 if geometry.num_heads == 6 else 64)
+  for tile in tiles:
+    own, _, _ = plan_lib.unpack(tile[plan_lib.ROWS])
+    row = tile[plan_lib.AT] + np.arange(own)[:, None]
+    position = np.arange(1152)
+    sees = position < tile[plan_lib.LENGTH] + 0 * row
+    if geometry.causal:
+      sees &= position <= row
+    if geometry.window is not None:
+      sees &= position > row - geometry.window
+    units = units_lib.Units(
+      inputs=inputs, config=config, tile=jnp.asarray(tile)
+    )
+    walked = [
+      (units.unit(jnp.int32(i), stretch.width), stretch.masked)
+      for stretch in units.stretches()
+      for i in range(int(stretch.first), int(stretch.last))
+    ]
+    left = sees.any(axis=0)
+    opened, closed = [], []
+    for unit, masked in walked:
+      span = slice(int(unit.position), int(unit.position) + unit.width)
+      assert sees[:, span].any()
+      assert masked or sees[:, span].all()
+      assert int(unit.tile) == span.start // config.tile
+      left[span] = False
+      opened += [int(unit.tile)] * bool(unit.opens)
+      closed += [int(unit.tile)] * bool(unit.closes)
+      assert len(opened) - len(closed) == (not unit.closes)
+    assert not left.any()
+    assert opened == closed
+    assert opened == list(range(tile[plan_lib.BEGIN], tile[plan_lib.END]))
+    assert [bool(unit.ends) for unit, _ in walked] == (
+      [False] * (len(walked) - 1) + [True]
+    )
+
+
+def test_mixed_batches_have_narrow_tiles():
+  """One warpgroup multiplies for a decode row; no plan of prompts has them."""
+  tiles, config, _, _ = _work((512, 1, 9, 1), (512, 90, 9, 1), 523, num_heads=8)
+  assert config.narrow and config.kinds == ((16, 4), (32, 4))
+  kinds = plan_lib.unpack(tiles[:, plan_lib.ROWS])[2]
+  assert ((kinds == 0) == (tiles[:, plan_lib.SEQUENCE] > 0)).all()
+  for more in (dict(window=90), dict(num_heads=32)):
+    assert not _work((512, 1, 9, 1), (512, 90, 9, 1), 523, **more)[1].narrow
+  assert not _work((600, 590), (600, 590), 1190, num_heads=8)[1].narrow
+  assert not _work((512, 1, 9, 1), (512, 90, 9, 1), num_heads=8)[1].narrow
+
+
+def test_tiles_without_keys_come_last():
+  """What was found ahead of one of them is not there for the next one."""
+  tiles, _, _, _ = _work((40, 300, 1, 20), (0, 900, 0, 5), 361, num_heads=8)
+  steps = tiles[:, plan_lib.END] - tiles[:, plan_lib.BEGIN]
+  assert (steps == 0).any()
+  assert ((steps > 0)[:-1] >= (steps > 0)[1:]).all()
 
 
 def test_light_tiles_lie_among_others_of_their_length():
@@ -117,6 +193,26 @@ def test_mixed_batch_with_unaligned_starts():
     1, query_lengths=(1, 3, 150, 1, 0, 20), lengths=(70, 3, 260, 129, 0, 31),
     T=184, N=6, K=2, H=64, p=16, dtype=jnp.bfloat16, sinks=True,
   ))
+
+
+@needs_interpreter
+def test_narrow_tiles_change_no_bit():
+  """Decode rows beside a prompt, for one warpgroup or for both."""
+  made = data.problem(
+    5, query_lengths=(140, 1, 3, 1, 0, 9), lengths=(300, 140, 33, 1, 64, 200),
+    T=157, N=4, K=1, H=64, p=16, dtype=jnp.bfloat16,
+  )
+  geometry = dict(num_heads=4, num_kv_heads=1, head_dim=64, page_size=16,
+                  dtype=jnp.bfloat16, max_query_length=157)
+  results = []
+  for num_tokens in (157, None):
+    plan = paged_jax.plan_attention(
+      made.page_table, made.lengths, made.query_starts,
+      implementation="hopper", num_tokens=num_tokens, **geometry
+    )
+    assert plan.work.config.narrow == (num_tokens is not None)
+    results.append(_check(made, plan=plan))
+  data.assert_same_bits(*results)
 
 
 @needs_interpreter

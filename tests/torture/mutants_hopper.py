@@ -9,6 +9,7 @@ _PLAN = "tests/ops/test_hopper.py::test_shares_cover_every_page_once"
 _SUITE = "tests/conformance/test_hopper.py::{}"
 _PREFILL = "tests/ops/test_hopper_prefill.py::{}"
 _MIXED = _PREFILL.format("test_mixed_batch_with_unaligned_starts")
+_UNITS = _PREFILL.format("test_units_are_what_rows_see")
 _VARIANT = _PREFILL.format("test_mixed_batch_variants[more{}]")
 _SHARED = "tests/ops/test_hopper_shared.py::{}"
 
@@ -182,10 +183,10 @@ MUTANTS = {
     _MIXED,
   ),
   "prefill: tiles of later keys count as whole": (
-    "hopper_prefill_compute.py",
+    "hopper_prefill_units.py",
     "seen = jnp.minimum(seen, at + 1)",
     "seen = seen + 0",
-    _MIXED,
+    _UNITS,
   ),
   "prefill: no window": (
     "hopper_prefill_compute.py",
@@ -194,10 +195,40 @@ MUTANTS = {
     _VARIANT.format(1),
   ),
   "prefill: tiles before a row's window count as whole": (
+    "hopper_prefill_units.py",
+    "low = jnp.maximum(at + own - self.inputs.window, 0)",
+    "low = jnp.maximum(at + 1 - self.inputs.window, 0)",
+    _UNITS,
+  ),
+  "prefill: a part before a row's window left out": (
+    "hopper_prefill_units.py",
+    "low = lax.div(jnp.maximum(low, 0), _i32(width)) * width",
+    "low = lax.div(jnp.maximum(low, 0) + 40, _i32(width)) * width",
+    _UNITS,
+  ),
+  "prefill: the last part left out": (
+    "hopper_prefill_units.py",
+    "end = lax.div(seen + (width - 1), _i32(width)) * width",
+    "end = lax.div(seen, _i32(width)) * width",
+    _UNITS,
+  ),
+  "prefill: parts that no row sees": (
+    "hopper_prefill_units.py",
+    "seen = jnp.minimum(seen, self.tile[plan.AT] + own)",
+    "seen = seen + 0",
+    _UNITS,
+  ),
+  "prefill: a tile's second part opens it again": (
+    "hopper_prefill_units.py",
+    "opens = part == 0",
+    "opens = part >= 0",
+    _UNITS,
+  ),
+  "prefill: one warpgroup's rows left out": (
     "hopper_prefill_compute.py",
-    "low = jnp.maximum(at + own - inputs.window, 0)",
-    "low = jnp.maximum(at + 1 - inputs.window, 0)",
-    _VARIANT.format(3),
+    "has_rows = wg * 64 < c.tokens_of(kind) * c.heads_of(kind)",
+    "has_rows = wg <= 0",
+    _MIXED,
   ),
   "prefill: tokens before position 0 see keys": (
     "hopper_prefill_compute.py",

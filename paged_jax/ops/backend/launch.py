@@ -13,6 +13,10 @@ from jax.extend.mlir.dialects import arith, memref
 import jax.numpy as jnp
 from jaxlib.mlir.dialects import llvm, nvvm
 
+# Cache policies of PTX, as `createpolicy` makes them for whole lines.
+_EVICT_NORMAL = 0x1000000000000000
+_EVICT_FIRST = 0x12F0000000000000
+
 
 def mosaic_call(
   kernel: Callable[..., None],
@@ -100,11 +104,22 @@ def start_next_kernel(interpret: bool) -> None:
 
 
 def copy_if(
-  live: Any, source: Any, target: Any, barrier: Any, interpret: bool
+  live: Any,
+  source: Any,
+  target: Any,
+  barrier: Any,
+  interpret: bool,
+  once: Any = None,
 ) -> None:
-  """Copies to shared memory if `live`; arrives on `barrier` in any case."""
+  """Copies to shared memory if `live`; arrives on `barrier` in any case.
+
+  once: whether this is the only copy of `source`, which may then leave L2
+    before others; None: unknown.
+  """
   if not interpret:
     mosaic.copy_gmem_to_smem(source, target, barrier, predicate=live)
+    if once is not None:
+      _evict_first(once.astype(jnp.int32))
     return
 
   # The interpreter has no predicate.
@@ -115,6 +130,42 @@ def copy_if(
   @pl.when(jnp.logical_not(live))
   def _():
     mosaic.barrier_arrive(barrier)
+
+
+def _evict_first(condition: Any) -> None:
+  """Gives the copy that was just emitted a hint to L2, if `condition` != 0.
+
+  Pallas has no argument for it, so the instruction is replaced. Where it is not
+  found the copy stays as it is, and right.
+  """
+
+  @mosaic.inline_mgpu(arg_types=(mosaic.Layout.WG_SPLAT(()),))
+  def edit(ctx, condition):
+    del ctx
+    condition = condition.registers.item()
+    for op in reversed(list(ir.InsertionPoint.current.block.operations)):
+      if op.name != "nvvm.cp.async.bulk.tensor.shared.cluster.global":
+        continue
+      i64 = ir.IntegerType.get_signless(64)
+      zero = arith.constant(condition.type, 0)
+      hint = arith.select(
+        arith.cmpi(arith.CmpIPredicate.ne, condition, zero),
+        arith.constant(i64, _EVICT_FIRST),
+        arith.constant(i64, _EVICT_NORMAL),
+      )
+      nvvm.cp_async_bulk_tensor_shared_cluster_global(
+        op.dstMem,
+        op.tmaDescriptor,
+        list(op.coordinates),
+        op.mbar,
+        [],
+        l2_cache_hint=hint,
+        predicate=op.predicate,
+      )
+      op.operation.erase()
+      return
+
+  edit(condition)
 
 
 def counter() -> Any:

@@ -139,7 +139,7 @@ def rescale(acc: Any, factors: Any, interpret: bool) -> Any:
       changes = arith.cmpf(arith.CmpFPredicate.UNE, factor, one)
       some = changes if some is None else arith.ori(some, changes)
     types = [x.type for x in acc.registers.flat]
-    branch = scf.IfOp(some, types, has_else=True)
+    branch = scf.IfOp(_any_lane(some), types, has_else=True)
     with ir.InsertionPoint(branch.then_block):
       product = acc * factors
       scf.yield_(list(product.registers.flat))
@@ -176,13 +176,24 @@ def compute_now(weights: Any, interpret: bool) -> None:
       functools.reduce(arith.ori, pairs), arith.constant(i32, -0x7FFF8000)
     )
     zero = arith.constant(i32, 0)
-    with mgpu.when(arith.cmpi(arith.CmpIPredicate.ne, signs, zero)):
+    some = arith.cmpi(arith.CmpIPredicate.ne, signs, zero)
+    with mgpu.when(_any_lane(some)):
       llvm.inline_asm(
         ir.Type.parse("!llvm.void"), [], "nanosleep.u32 1;", "",
         has_side_effects=True,
       )
 
   compute(weights)
+
+
+def _any_lane(condition: Any) -> Any:
+  """Whether it holds in any thread of the warp.
+
+  A branch on that is taken by a warp as a whole. With one that may divide it,
+  ptxas gives up on uniform registers all over the loop around it.
+  """
+  every = arith.constant(ir.IntegerType.get_signless(32), -1)
+  return nvvm.vote_sync(every, condition, "any")
 
 
 def _is_ref(x: Any) -> bool:

@@ -19,8 +19,8 @@ from paged_jax.ops.backend import layouts
 def load_blocks(ref: Any, wanted: Any, interpret: bool) -> Any:
   """Returns `blocked` rows, [64, columns], in WGMMA's layout.
 
-  They may be copied over once all threads are past this. Where they are not
-  `wanted` they may be anything, and what is returned is not to be used.
+  They may be copied over once all threads have arrived on a barrier. Where they
+  are not `wanted` they may be anything, and what is returned is not to be used.
   """
   blocks, rows, width = ref.shape
   if interpret:  # reading while others write is an error
@@ -43,9 +43,7 @@ def load_blocks(ref: Any, wanted: Any, interpret: bool) -> Any:
       layouts.row_tiles(ref), transforms[0].swizzle, layout=mgpu.WGMMA_LAYOUT
     )
 
-  values = load(ref)
-  mosaic.commit_smem()
-  return values
+  return load(ref)
 
 
 def store_block(ref: Any, value: Any, interpret: bool) -> None:
