@@ -203,7 +203,7 @@ def _run(group, effort, ceilings, seed, pool, jobs):
   options = dict(
     steps=steps,
     repeats=effort.repeats,
-    cool=ceilings.bound_by(shape.bytes, shape.flops) == "matmul",
+    cool=ceilings.heats(shape.bytes, shape.flops),
   )
   model = timing.wall(calls, seconds=effort.seconds, **options)
   for row in rows:

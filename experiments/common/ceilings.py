@@ -34,6 +34,15 @@ class Ceilings:
     return "read" if reading else "matmul"
 
 
+  def heats(self, num_bytes: int, flops: int) -> bool:
+    """Whether the tensor cores are busy for half of `limit_us`, or more.
+
+    So much of it takes a GPU to its power limit; see `timing`.
+    """
+    multiplying = flops / (self.matmul_tflops * 1e6)
+    return multiplying >= self.limit_us(num_bytes, flops) / 2
+
+
 def measure(dtype: str) -> Ceilings:
   """Measures the ceilings, in some 2 s.
 

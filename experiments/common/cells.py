@@ -306,7 +306,7 @@ def _time(compiled, problem, effort, ceilings):
   options = dict(
     steps=steps,
     repeats=effort.repeats,
-    cool=ceilings.bound_by(shape.bytes, shape.flops) == "matmul",
+    cool=ceilings.heats(shape.bytes, shape.flops),
   )
   model = timing.wall({"": call}, seconds=effort.seconds, **options)[""]
   row = dict(bytes=shape.bytes, flops=shape.flops,

@@ -23,6 +23,7 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
   q_full, q_free, k_full, v_full, k_free, v_free = barriers
   p, M = inputs.page_size, inputs.max_pages
   step = c.step
+  once = None if c.row_blocks > 1 else jnp.array(True)
 
   def pages_at(b, position):
     at = [
@@ -81,7 +82,9 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
           if step < p:  # a tile is part of a page (kb is 1)
             source = pool.at[index, pl.ds(lax.rem(first, _i32(p)), step)]
           target = smem.at[slot, pl.ds(j * step * c.kb, step * c.kb)]
-          backend.copy_if(live, source, target, full.at[slot], interpret)
+          backend.copy_if(
+            live, source, target, full.at[slot], interpret, once
+          )
       return following
 
     pages = lax.fori_loop(0, tiles, one_tile, pages)

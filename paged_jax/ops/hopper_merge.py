@@ -109,11 +109,13 @@ def _kernel(inputs, c, heads, interpret, *refs):
   b, j = lax.div(x, i32(Q)), lax.rem(x, i32(Q))
   B = inputs.num_sequences
   row = jnp.minimum(b, B - 1)
+  # Before the wait: the next kernel, which waits for this one, takes its place
+  # where the decode kernel has left.
+  backend.start_next_kernel(interpret)
   # The plan is older than any kernel that may still run: read it ahead.
   sequence = [sequences_ref[row, i] for i in range(hopper_plan.ITEMS + 1)]
   each = jnp.maximum(ctas_ref[0, 0], 1)
   backend.wait_for_previous_kernel(interpret)
-  backend.start_next_kernel(interpret)
 
   items = sequence[hopper_plan.ITEMS]
   segment = bundle * c.row_blocks + lax.div(j, i32(c.block_tokens))

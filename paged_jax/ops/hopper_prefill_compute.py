@@ -78,7 +78,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
       (out_ref, lse_ref, o_smem),
     )
 
-  def walk_item(item, *_):
+  def walk_item(item):
     tile, begin, end = item.tile, item.tile[plan.BEGIN], item.tile[plan.END]
     at, length = tile[plan.AT], tile[plan.LENGTH]
     *_, kind = plan.unpack(tile[plan.ROWS])

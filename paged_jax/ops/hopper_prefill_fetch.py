@@ -75,10 +75,10 @@ def fetch(
     if most > heads:
       each(most - heads, none)
 
-  def first_pages(tile):
-    return pages_at(tile[plan.SEQUENCE], tile[plan.BEGIN] * c.tile)
+  def first_pages(b, begin):
+    return pages_at(b, begin * c.tile)
 
-  def fetch_item(item, pages, following):
+  def fetch_item(item, pages, following_b, following_begin):
     tile, kv_head, done, n = item.tile, item.kv_head, item.done, item.n
     b, begin = tile[plan.SEQUENCE], tile[plan.BEGIN]
     steps = tile[plan.END] - begin
@@ -86,7 +86,7 @@ def fetch(
     if c.narrow:
       once = plan.unpack(tile[plan.ROWS])[2] == 0
       # With more to keep, ptxas takes uniform registers from the products.
-      pages = first_pages(tile)
+      pages = first_pages(b, begin)
 
     def one_tile(i, pages):
       position = (begin + i) * c.tile
@@ -94,9 +94,9 @@ def fetch(
       next_b, next_position = b, position + c.tile
       if not c.narrow:
         last = i + 1 == steps
-        next_b = jnp.where(last, following[plan.SEQUENCE], b)
+        next_b = jnp.where(last, following_b, b)
         next_position = jnp.where(
-          last, following[plan.BEGIN] * c.tile, next_position
+          last, following_begin * c.tile, next_position
         )
       next_pages = pages_at(next_b, next_position)
 

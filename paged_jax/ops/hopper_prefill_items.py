@@ -24,6 +24,7 @@ from paged_jax.ops.inputs import Inputs
 
 _AHEAD = 4  # numbers on their way, at most
 _FETCHING = 4  # warps that fetch
+_PLACE = (plan.SEQUENCE, plan.BEGIN)
 
 
 def scratch(config: plan.Config) -> tuple[Any, ...]:
@@ -72,15 +73,16 @@ class Items:
     self,
     body: Callable[..., Any],
     warps: list[Any] | None = None,
-    ahead: Callable[..., Any] = lambda tile: None,
+    ahead: Callable[..., Any] = lambda *place: None,
   ) -> tuple[Any, Any]:
-    """Calls body(item, found, following) for each item of this CTA.
+    """Calls body for each item of this CTA.
 
     Args:
-      body: takes an `Item`, what was found ahead for it, and the plan row of
-        the next one; returns what it found ahead for that.
+      body: takes an `Item`; of fetching warps also what was found ahead for it,
+        and sequence and first KV tile of the next one, for which it returns
+        what it found ahead.
       warps: those that the caller fetches with; None: it computes.
-      ahead: plan row -> what is to be found ahead of the first item.
+      ahead: sequence and first KV tile -> what is found ahead of the first item.
 
     Returns:
       The numbers of KV tiles and of items with some.
@@ -93,9 +95,9 @@ class Items:
     beyond = lax.div(jnp.maximum(beyond, 0) + (tokens - 1), _i32(tokens))
     count = (listed + beyond * groups) * K
 
-    def read(i):
+    def read(i, columns=range(plan.END + 1)):
       row = jnp.minimum(lax.div(i, _i32(K)), self.tiles.shape[0] - 1)
-      return tuple(self.tiles[row, j] for j in range(plan.END + 1))
+      return tuple(self.tiles[row, j] for j in columns)
 
     def one(carry):
       i, r, done, n, tile, found = carry
@@ -106,10 +108,14 @@ class Items:
         tile = (*tile[: plan.END], end)
         self._claim(r + 2, warps)
       following = self._claimed(r + 1)
-      # Issued now, looked at after the tiles: their latency is hidden.
-      tile_next = read(following)
       item = Item(tile=tile, kv_head=lax.rem(i, _i32(K)), done=done, n=n)
-      found = body(item, found, tile_next)
+      # Issued now, looked at after the tiles: their latency is hidden.
+      if warps is None:
+        tile_next = read(following)
+        body(item)
+      else:  # which has few registers
+        found = body(item, found, *read(following, _PLACE))
+        tile_next = read(following)
       steps = tile[plan.END] - tile[plan.BEGIN]
       n = n + jnp.where(steps > 0, 1, 0)
       return following, r + 1, done + steps, n, tile_next, found
@@ -118,7 +124,8 @@ class Items:
     if warps is not None:
       self._claim(zero + 1, warps)
     first = read(self.cta)
-    carry = self.cta, zero, zero, zero, first, ahead(first)
+    found = ahead(*read(self.cta, _PLACE))
+    carry = self.cta, zero, zero, zero, first, found
     _, _, done, n, *_ = lax.while_loop(
       lambda carry: carry[0] < count, one, carry
     )

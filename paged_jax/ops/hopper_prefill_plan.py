@@ -168,7 +168,7 @@ def choose(
     columns=columns,
     # 128 threads fetch: a + 2 b is what the register file has for 384 threads.
     registers=overrides.get(
-      "registers", (40, 232) if H > 96 and len(kinds) == 1 else (56, 224)
+      "registers", (40, 232) if H > 80 and len(kinds) == 1 else (56, 224)
     ),
     query_in_registers=min(H, 128),
     # A tile of 128 tokens sees some of all parts of its last KV tile.
