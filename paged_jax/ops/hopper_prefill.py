@@ -6,7 +6,7 @@ each:
 
     producer                          consumer
     for each item:                    for each item:
-      for each KV tile:                 for each KV tile i:
+      for each KV tile:                 for each unit i:
         wait for a free slot              wait K;  s = q k_i^T
         copy K's pages                    pass the turn;  softmax of s
         (first tile: copy the queries)    take the turn
@@ -14,11 +14,12 @@ each:
                                         write acc / l
 
 The consumers take turns on the tensor cores: while one has softmax to do, the
-other multiplies (p v_i and then q k_{i+1}). Masks are applied only in KV tiles
-that some row does not see whole. The copies of the next item run ahead of the
-end of this one, its output leaves while the next one begins. The queries of an
-item are held in registers, as far as those go (H 128): shared memory is busy
-enough with K and V.
+other multiplies (p v_i and then q k_{i+1}). A unit (hopper_prefill_units.py) is
+a KV tile that all rows see whole, or a part of one that some row does not: only
+those are masked, and parts that no row sees are left out. The copies of the
+next item run ahead of the end of this one, its output leaves while the next one
+begins. The queries of an item are held in registers, as far as those go (128
+columns): shared memory is busy enough with K and V.
 
 Dead slots must not be seen, not even as 0 * NaN. Pages without a live position
 are not copied, and in a tile that is not live throughout the dead rows of V are

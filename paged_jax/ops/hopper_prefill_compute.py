@@ -1,6 +1,6 @@
 """The computing warpgroups of the Hopper prefill kernel: online softmax.
 
-For each KV tile of an item, in units of log2:
+For each unit of an item (hopper_prefill_units.py), as powers of two:
 
     s = q k^T                   then the turn is passed on
     m' = max(m, max s)          masked to -inf, where some row does not see all
@@ -8,13 +8,13 @@ For each KV tile of an item, in units of log2:
     take the turn on the tensor cores
     acc += p v
 
-so a turn is p v of one tile and q k^T of the next (where an item begins or
+so a turn is p v of one unit and q k^T of the next (where an item begins or
 ends, one of the two), while another warpgroup has softmax to do. s and acc live
 in registers in the layout of WGMMA's results, 64 rows, 16 a warp.
 
 Where acc is large (`lazy`) m follows the maximum with some slack, so that p may
 reach 2^8: then a is 1 after the first few tiles, and acc is left alone. A row's
-m depends on no other row.
+m depends on no other row. A warpgroup without rows in an item keeps step.
 """
 
 import functools
@@ -44,7 +44,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
   q_full, q_free, k_full, v_full, k_free, v_free, turns, v_clean = barriers
   H, size = inputs.head_dim, c.tile
   dtype = inputs.query.dtype
-  log2_unit = inputs.scale * _LOG2E
+  to_log2 = inputs.scale * _LOG2E
   by_row = mosaic.Layout.WGMMA.reduce(1)
 
   def take_turn():
@@ -129,7 +129,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
       if rest is not None:
         pl.when(unit.ends)(lambda: mosaic.barrier_arrive(q_free.at[q_slot]))
 
-      factor = log2_unit  # logits times this are in units of log2
+      factor = to_log2
       if inputs.soft_cap is not None:
         logits = hopper_softmax.soft_cap(logits, inputs.scale, inputs.soft_cap)
         factor = _LOG2E

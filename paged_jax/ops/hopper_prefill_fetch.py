@@ -2,8 +2,8 @@
 
 It runs ahead of the computing ones: waits until a slot is free, then copies the
 live pages of a KV tile there, K first, then (for an item's first tile) the
-queries, then V. Page ids are read one tile ahead, so that their latency hides
-behind the wait.
+queries, then V. Page ids are read one tile ahead, beyond an item's end too, so
+that their latency hides behind the wait.
 """
 
 import functools

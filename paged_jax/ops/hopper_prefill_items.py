@@ -82,7 +82,8 @@ class Items:
         and sequence and first KV tile of the next one, for which it returns
         what it found ahead.
       warps: those that the caller fetches with; None: it computes.
-      ahead: sequence and first KV tile -> what is found ahead of the first item.
+      ahead: sequence and first KV tile of the first item -> what is found
+        ahead of it.
 
     Returns:
       The numbers of KV tiles and of items with some.

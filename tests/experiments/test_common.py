@@ -231,6 +231,17 @@ def test_long_layers_get_short_programs_that_visit_all_of_the_pool():
   assert not long.takes_first(shape)
 
 
+def test_what_multiplies_much_is_timed_cool():
+  limits = ceilings.Ceilings(
+    read_gbps=3000.0, copy_gbps=3000.0, matmul_tflops=800.0
+  )
+  for reading, multiplying, heats in ((100, 200, 1), (100, 51, 1), (99, 49, 0)):
+    num_bytes, flops = int(3e6 * reading), int(8e8 * multiplying)
+    assert limits.heats(num_bytes, flops) == bool(heats)
+    longer = "read" if reading > multiplying else "matmul"
+    assert limits.bound_by(num_bytes, flops) == longer
+
+
 def test_bench_compares_in_one_run():
   (name,) = bench.select(["cpu_tiny"])
   limits = ceilings.Ceilings(
