@@ -116,7 +116,10 @@ def test_what_an_implementation_cannot_do_is_no_failure(tmp_path, quick):
   assert "not on Sundays" in (tmp_path / "report.html").read_text()
 
 
-def test_ctrl_c_keeps_what_is_done(tmp_path, quick):
+def test_ctrl_c_keeps_what_is_done(tmp_path, quick, request):
+  # A shell's background jobs are begun with the signal ignored.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
   check, calls = verify.check, []
 
   def interrupted(*args):
