@@ -33,7 +33,6 @@ class Ceilings:
     reading = num_bytes / self.read_gbps * 1e3 >= flops / self.matmul_tflops
     return "read" if reading else "matmul"
 
-
   def heats(self, num_bytes: int, flops: int) -> bool:
     """Whether the tensor cores are busy for half of `limit_us`, or more.
 

@@ -167,8 +167,8 @@ def plan_attention(
     page_size: p, tokens.
     dtype: dtype of query and pools.
     max_query_length: as in `paged_attention`; needed with query_starts.
-    num_tokens: T of the calls, for a shorter plan of a prefill step. None:
-      unknown.
+    num_tokens: T of the calls, for a shorter plan of a prefill step, and a
+      faster one where the batch is mixed. None: unknown.
     causal: as in `paged_attention`.
     window: as in `paged_attention`.
     batch_invariant: whether the output bits of a sequence must depend on that

@@ -6,7 +6,8 @@ puts them together. What each CTA does is planned on the device, once a step
 (hopper_plan.py), in shapes that hopper_tuning.py chooses.
 
 More, prefill: `paged_prefill` (hopper_prefill.py) walks a list of query tiles
-(hopper_prefill_plan.py); decode rows among them are tiles like the others.
+(hopper_prefill_plan.py); decode rows among them are tiles too, narrow ones
+where the batch is mixed.
 
 A plan with `shared_prefix`: both, the prefill kernel for the pages that all
 rows begin with (hopper_shared.py).
@@ -122,7 +123,8 @@ def make_plan(
 ) -> Work | None:
   """Returns what all layers of a step share; None if there is nothing.
 
-  num_tokens: T, which bounds the tiles of a prefill step; None: unknown.
+  num_tokens: T, which bounds the tiles of a prefill step and tells that a batch
+    is mixed; None: unknown.
   shared_prefix: whether pages that all rows begin with are to be read once.
   least_shared: tokens; a shorter prefix counts as none.
   overrides: fields of hopper_tuning.Config in place of the table's, to tune.
@@ -176,7 +178,8 @@ def _make_work(
 ):
   """The plan of the kernel that takes a step of this geometry."""
   if geometry.max_query_length > _FEW_QUERIES:
-    # Every tile walks its own positions: batch-invariant as it is.
+    # Tiles walk their own positions, and narrow ones what others would: this
+    # is batch-invariant as it is.
     config = hopper_prefill_plan.choose(
       geometry, lengths.shape[0], num_tokens, **(overrides or {})
     )

@@ -23,6 +23,7 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
   q_full, q_free, k_full, v_full, k_free, v_free = barriers
   p, M = inputs.page_size, inputs.max_pages
   step = c.step
+  # Row blocks of a bundle read the same pages.
   once = None if c.row_blocks > 1 else jnp.array(True)
 
   def pages_at(b, position):

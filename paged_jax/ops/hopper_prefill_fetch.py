@@ -2,8 +2,8 @@
 
 It runs ahead of the computing ones: waits until a slot is free, then copies the
 live pages of a KV tile there, K first, then (for an item's first tile) the
-queries, then V. Page ids are read one tile ahead, beyond an item's end too, so
-that their latency hides behind the wait.
+queries, then V. Page ids are read one tile ahead, beyond an item's end too (not
+where some tiles are narrow), so that their latency hides behind the wait.
 """
 
 import functools
@@ -85,7 +85,8 @@ def fetch(
     once = None  # whether no other tile reads these keys and values
     if c.narrow:
       once = plan.unpack(tile[plan.ROWS])[2] == 0
-      # With more to keep, ptxas takes uniform registers from the products.
+      # Read anew: pages kept from one item to the next are more to hold, and
+      # ptxas takes uniform registers from the products.
       pages = first_pages(b, begin)
 
     def one_tile(i, pages):
@@ -133,7 +134,8 @@ def fetch(
       copy(v_ref, v_smem, v_full, v_free, pages[1])
       return next_pages
 
-    # Items without KV tiles are listed last: what this finds fits the next one.
+    # Items without KV tiles are listed last (hopper_prefill_plan._order,
+    # hopper_shared): what this finds is the next one's.
     return lax.fori_loop(0, steps, one_tile, pages)
 
   tiles, items = items.walk(fetch_item, warps, first_pages)

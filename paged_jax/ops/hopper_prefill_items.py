@@ -110,11 +110,11 @@ class Items:
         self._claim(r + 2, warps)
       following = self._claimed(r + 1)
       item = Item(tile=tile, kv_head=lax.rem(i, _i32(K)), done=done, n=n)
-      # Issued now, looked at after the tiles: their latency is hidden.
       if warps is None:
+        # Issued now, looked at after the item: its latency is hidden.
         tile_next = read(following)
         body(item)
-      else:  # which has few registers
+      else:  # few registers: only what page ids need is read ahead
         found = body(item, found, *read(following, _PLACE))
         tile_next = read(following)
       steps = tile[plan.END] - tile[plan.BEGIN]

@@ -78,7 +78,7 @@ class Config:
   @property
   def narrow(self) -> bool:
     """Whether some tiles have rows for one computing warpgroup only."""
-    return len(self.kinds) > 1 and math.prod(self.kinds[0]) <= 64
+    return math.prod(self.kinds[0]) <= 64 < self.rows
 
   def tokens_of(self, kind: Any) -> Any:
     """Query tokens of a tile of that kind, or kinds."""
@@ -118,8 +118,9 @@ def choose(
     geometry: static facts of the call.
     num_sequences: B.
     num_tokens: T; None: unknown.
-    **overrides: fields of Config, to tune; `consumers`; `unpacked`, not to pack
-      heads; `narrow`, whether to have that kind.
+    **overrides: to tune: tile, stages, columns, query_slots, registers, part
+      and lazy of Config; consumers, 1 or 2; `unpacked`, not to pack heads;
+      `narrow`, whether to have that kind.
 
   Raises:
     NotImplementedError: the kernel cannot do this geometry.
@@ -148,10 +149,10 @@ def choose(
   if overrides.get("unpacked"):
     packed = False
   kinds = (short,) if packed else (long, short)
-  narrow = num_tokens is not None and g.window is None and heads <= 8
-  # Worth what it costs an item (1 % of a prompt) where the batch is mixed.
-  narrow &= _UNEVEN * (num_tokens or 0) <= num_sequences * g.max_query_length
-  if overrides.get("narrow", narrow):
+  # Narrow tiles cost others some time: for batches that are mixed.
+  longest = num_sequences * g.max_query_length
+  mixed = num_tokens is not None and _UNEVEN * num_tokens <= longest
+  if overrides.get("narrow", mixed and g.window is None and heads <= 8):
     kinds = ((tokens // consumers, heads), *kinds)
   tile = overrides.get("tile", 128 if H <= 128 else 64)
   columns = overrides.get("columns", {192: 96, 256: 64}.get(H, H))
@@ -171,7 +172,7 @@ def choose(
       "registers", (40, 232) if H > 80 and len(kinds) == 1 else (56, 224)
     ),
     query_in_registers=min(H, 128),
-    # A tile of 128 tokens sees some of all parts of its last KV tile.
+    # Tiles of 128 tokens, where prompts begin, see some of every part.
     part=overrides.get("part", 64 if packed and tokens <= 64 else tile),
     lazy=overrides.get("lazy", H > 128),
   )
@@ -287,7 +288,7 @@ def _pick(values, which):
 
 
 def _most_tiles(B, Q, G, config, num_tokens):
-  """A bound on the tiles of a step: of no kind would there be fewer."""
+  """A bound on the tiles: each sequence takes the kind it needs fewest of."""
   bounds = []
   for tokens, heads in config.kinds:
     bound = B * -(-Q // tokens)

@@ -1,8 +1,8 @@
 """What a warpgroup of the Hopper prefill kernel writes: output rows and LSE.
 
 Whole blocks of tokens leave through shared memory by TMA. Where a tile ends
-amid a block, each row is stored by itself, for the rows behind belong to other
-sequences.
+amid a block, or is narrow, each row is stored by itself, for the rows behind
+its own belong to other sequences.
 """
 
 import functools
@@ -72,7 +72,7 @@ def store(
       out_ref, out, row, (first_head + head) * H, interpret
     )
 
-  # Last, for what TMA reads must wait for stores that are under way.
+  # Last: the fence before a TMA store would wait for these stores too.
   if c.splits:
     backend.store_rows(lse_ref, lse, row, first_head + head, interpret)
   else:

@@ -1,7 +1,8 @@
 """What an item of the Hopper prefill kernel walks: units of keys and values.
 
 A unit is a KV tile that all rows see whole, or a part of one that some row does
-not; parts that no row sees are left out. With tiles of 128, parts of 64, and 32
+not; parts that no row sees are left out (without causal, tokens before position
+0 count as if they saw some). With tiles of 128, parts of 64, and 32
 query tokens from position 288 on, causal:
 
     position  0          128         256    320
@@ -110,7 +111,7 @@ class Units:
     )
 
   def _whole_tiles(self):
-    """The stretch of KV tiles that all rows see whole."""
+    """First, and past the last, of the KV tiles that all rows see whole."""
     tile, size = self.tile, self.config.tile
     begin, end, at = (tile[j] for j in (plan.BEGIN, plan.END, plan.AT))
     own, _, _ = plan.unpack(tile[plan.ROWS])

@@ -86,7 +86,9 @@ def test_tiles_walk_what_their_rows_see_longest_first():
   ],
 )
 def test_units_are_what_rows_see(changes):
-  tiles, config, _, _ = _work((300, 1, 40), (1000, 700, 90), 341, **changes)
+  tiles, config, _, _ = _work(
+    (300, 1, 40, 150), (1000, 700, 90, 140), 491, **changes
+  )
   geometry = dataclasses.replace(GEOMETRY, **changes)
   inputs = types.SimpleNamespace(
     causal=geometry.causal, window=geometry.window, max_query_length=300
@@ -96,7 +98,7 @@ def test_units_are_what_rows_see(changes):
     own, _, _ = plan_lib.unpack(tile[plan_lib.ROWS])
     row = tile[plan_lib.AT] + np.arange(own)[:, None]
     position = np.arange(1152)
-    sees = position < tile[plan_lib.LENGTH] + 0 * row
+    sees = (position < tile[plan_lib.LENGTH]) & (row >= 0)
     if geometry.causal:
       sees &= position <= row
     if geometry.window is not None:
@@ -225,6 +227,8 @@ def test_narrow_tiles_change_no_bit():
     dict(N=4, K=1, causal=False, T=183),  # T is no multiple of 8
     # The window of some rows begins amid the first tile that others see whole.
     dict(query_lengths=(20,), lengths=(440,), N=2, K=1, window=300),
+    # Narrow, and queries beyond the registers.
+    dict(query_lengths=(9, 1, 1, 12), lengths=(9, 70, 33, 20), N=2, K=1, H=192),
   ],
 )
 def test_mixed_batch_variants(more):

@@ -224,6 +224,24 @@ MUTANTS = {
     "opens = part >= 0",
     _UNITS,
   ),
+  "prefill: pages of the next item not its own": (
+    "hopper_prefill_fetch.py",
+    "next_b = jnp.where(last, following_b, b)",
+    "next_b = b + 0",
+    _PREFILL.format("test_narrow_tiles_change_no_bit"),
+  ),
+  "prefill plan: tiles without keys amid others": (
+    "hopper_prefill_plan.py",
+    "lax.clz(jnp.maximum(steps, 0))",
+    "lax.clz(jnp.maximum(steps, 1))",
+    _PREFILL.format("test_tiles_without_keys_come_last"),
+  ),
+  "shared: empty parts amid others": (
+    "hopper_shared.py",
+    "jnp.argsort(empty + 2 * unused)",
+    "jnp.argsort(0 * empty + 2 * unused)",
+    _SHARED.format("test_parts_of_the_prefix_cover_it_once"),
+  ),
   "prefill: one warpgroup's rows left out": (
     "hopper_prefill_compute.py",
     "has_rows = wg * 64 < c.tokens_of(kind) * c.heads_of(kind)",
@@ -278,13 +296,13 @@ MUTANTS = {
   "prefill: rows behind the tile's own stored": (
     "hopper_prefill_store.py",
     "own = (token < tokens_own) & (head < heads_left)",
-    "own = head < heads_left",
+    "own = (head < heads_left)",
     _MIXED,
   ),
   "prefill: another kv head's rows stored": (
     "hopper_prefill_store.py",
     "own = (token < tokens_own) & (head < heads_left)",
-    "own = token < tokens_own",
+    "own = (token < tokens_own)",
     _VARIANT.format(0),
   ),
   "prefill: a block's tail stored by TMA": (

@@ -13,7 +13,8 @@ from jax.extend.mlir.dialects import arith, memref
 import jax.numpy as jnp
 from jaxlib.mlir.dialects import llvm, nvvm
 
-# Cache policies of PTX, as `createpolicy` makes them for whole lines.
+# Cache policies of PTX, as `createpolicy` makes them for whole lines. Source:
+# CUTLASS, cute::TMA::CacheHintSm90.
 _EVICT_NORMAL = 0x1000000000000000
 _EVICT_FIRST = 0x12F0000000000000
 
@@ -135,8 +136,8 @@ def copy_if(
 def _evict_first(condition: Any) -> None:
   """Gives the copy that was just emitted a hint to L2, if `condition` != 0.
 
-  Pallas has no argument for it, so the instruction is replaced. Where it is not
-  found the copy stays as it is, and right.
+  Pallas has no argument for it, so the operation is replaced. Where it is not
+  found, as with jax 0.12, the copy stays as it is, and right.
   """
 
   @mosaic.inline_mgpu(arg_types=(mosaic.Layout.WG_SPLAT(()),))

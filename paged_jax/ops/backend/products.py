@@ -120,7 +120,7 @@ def matmul_add(
 
 
 def rescale(acc: Any, factors: Any, interpret: bool) -> Any:
-  """Returns acc [64, n] times factors [64], skipped where those are 1."""
+  """Returns acc [64, n] times factors [64]; warps skip it where all are 1."""
   across = lax.broadcast_in_dim(factors, acc.shape, [0])
   if interpret:
     return acc * across
