@@ -39,7 +39,6 @@ _SLACK = 8.0  # see above; 2^8 is far from what float16 overflows at
 
 def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
   """Attention of this warpgroup's 64 rows of each item."""
-  out_ref, lse_ref, sinks_ref = outputs
   q_smem, k_smem, v_smem, o_smem = buffers
   q_full, q_free, k_full, v_full, k_free, v_free, turns, v_clean = barriers
   H, size = inputs.head_dim, c.tile
@@ -55,28 +54,6 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
 
   def full(shape, value, layout):
     return mosaic.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-  def finish(tile, kv_head, acc, m, l):
-    """Writes what an item has come to."""
-    *_, kind = plan.unpack(tile[plan.ROWS])
-    token, head = _split_rows(c, wg, kind)
-    if sinks_ref is not None:
-      acc, m, l = _add_sinks(
-        inputs, c, tile, kv_head, head, sinks_ref, acc, m, l
-      )
-    lse = jnp.where(l == 0.0, -jnp.inf, m * (1 / _LOG2E) + jnp.log(l))
-    out = acc * _across(1.0 / jnp.where(l == 0.0, 1.0, l), H)
-    hopper_prefill_store.store(
-      inputs,
-      c,
-      interpret,
-      wg,
-      tile,
-      kv_head,
-      (token, head),
-      (out.astype(out_ref.dtype), lse),
-      (out_ref, lse_ref, o_smem),
-    )
 
   def walk_item(item):
     tile, begin, end = item.tile, item.tile[plan.BEGIN], item.tile[plan.END]
@@ -106,7 +83,6 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
         mosaic.barrier_wait(v_clean)
 
     def one_unit(i, carry, stretch):
-      acc, m, l = carry
       width, masked = stretch.width, stretch.masked
       unit = units.unit(i, width)
       position, slot = unit.position, slot_of(unit.tile)
@@ -138,22 +114,9 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
           inputs, logits.shape, at + token, position, length - position
         )
         logits = jnp.where(seen, logits, -jnp.inf)
-      most = logits.max(axis=1) * factor
-      m_new = shift = jnp.maximum(m, most)
-      if c.lazy:
-        m_new = shift = jnp.where(most > m + _SLACK, most, m)
-      if masked:
-        shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
-      alpha = jnp.exp2(m - shift)
-      p = jnp.exp2(logits * factor - _across(shift, width))
-      l = l * alpha + p.sum(axis=1)
-      p = p.astype(dtype)
-      if c.lazy:
-        acc = backend.rescale(acc, alpha, interpret)
-        backend.compute_now(p, interpret)
-      else:
-        acc = acc * _across(alpha, H)
-        acc, l, m_new, p = lax.optimization_barrier((acc, l, m_new, p))
+      p, (acc, m, l) = _softmax(
+        c, interpret, logits, factor, masked, dtype, carry
+      )
 
       def v_ready():
         mosaic.barrier_wait(v_full.at[slot])
@@ -164,7 +127,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
       take_turn()
       acc = backend.matmul_add(acc, p, v, interpret, meanwhile=prepare_next)
       _when(unit.closes, lambda: mosaic.barrier_arrive(v_free.at[slot]))
-      return acc, m_new, l
+      return acc, m, l
 
     def one_unit_without_rows(i, _, stretch):
       unit = units.unit(i, stretch.width)
@@ -211,7 +174,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
       for stretch in units.stretches():
         one = functools.partial(one_unit, stretch=stretch)
         carry = lax.fori_loop(stretch.first, stretch.last, one, carry)
-      finish(tile, item.kv_head, *carry)
+      _finish(inputs, c, interpret, wg, item, outputs, o_smem, *carry)
 
     def keep_step():
       """Does without rows what `compute` does for others to go on."""
@@ -235,6 +198,57 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
   items.walk(walk_item)
   pl.when(wg == 0)(take_turn)  # the last turn passed on must be seen
   mosaic.wait_smem_to_gmem(0)
+
+
+def _softmax(c, interpret, logits, factor, masked, dtype, carry):
+  """Returns the weights of a unit's values, and the carry that goes with them.
+
+  logits: float32 [64, width], powers of two when times `factor`.
+  masked: whether some are -inf.
+  """
+  acc, m, l = carry
+  most = logits.max(axis=1) * factor
+  m_new = shift = jnp.maximum(m, most)
+  if c.lazy:
+    m_new = shift = jnp.where(most > m + _SLACK, most, m)
+  if masked:
+    shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
+  alpha = jnp.exp2(m - shift)
+  p = jnp.exp2(logits * factor - _across(shift, logits.shape[1]))
+  l = l * alpha + p.sum(axis=1)
+  p = p.astype(dtype)
+  if c.lazy:
+    acc = backend.rescale(acc, alpha, interpret)
+    backend.compute_now(p, interpret)
+  else:
+    acc = acc * _across(alpha, acc.shape[1])
+    acc, l, m_new, p = lax.optimization_barrier((acc, l, m_new, p))
+  return p, (acc, m_new, l)
+
+
+def _finish(inputs, c, interpret, wg, item, outputs, o_smem, acc, m, l):
+  """Writes what an item has come to."""
+  out_ref, lse_ref, sinks_ref = outputs
+  tile, kv_head = item.tile, item.kv_head
+  *_, kind = plan.unpack(tile[plan.ROWS])
+  token, head = _split_rows(c, wg, kind)
+  if sinks_ref is not None:
+    acc, m, l = _add_sinks(
+      inputs, c, tile, kv_head, head, sinks_ref, acc, m, l
+    )
+  lse = jnp.where(l == 0.0, -jnp.inf, m * (1 / _LOG2E) + jnp.log(l))
+  out = acc * _across(1.0 / jnp.where(l == 0.0, 1.0, l), inputs.head_dim)
+  hopper_prefill_store.store(
+    inputs,
+    c,
+    interpret,
+    wg,
+    tile,
+    kv_head,
+    (token, head),
+    (out.astype(out_ref.dtype), lse),
+    (out_ref, lse_ref, o_smem),
+  )
 
 
 def _split_rows(c, wg, kind):
