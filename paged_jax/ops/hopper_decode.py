@@ -241,7 +241,7 @@ def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
       whole = count == units
       partial = cta + b * c.segments + segment
     else:
-      taken = _i32(1)
+      taken = jnp.int32(1)
       count = jnp.minimum(units - unit, sequence[hopper_plan.PIECE])
       items = sequence[hopper_plan.ITEMS]
       ended = item + 1 >= items
@@ -263,7 +263,7 @@ def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
         sequence=sequence,
         begin=position(sequence, unit),
         end=position(sequence, unit + count),
-        tiles=lax.div(count + (c.copies - 1), _i32(c.copies)),
+        tiles=lax.div(count + (c.copies - 1), jnp.int32(c.copies)),
         done=done,
         n=n,
         whole=whole,
@@ -275,17 +275,13 @@ def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
       carry,
     )
     following = following or read(next_b)
-    done += lax.div(count + (c.copies - 1), _i32(c.copies))
+    done += lax.div(count + (c.copies - 1), jnp.int32(c.copies))
     left -= taken
     return left, next_b, next_segment, next_item, done, n + 1, following, carry
 
   left, b, segment, item, *sequence = start
   carry = begin(b, position(sequence, first_unit(sequence, item)))
-  zero = _i32(0)
+  zero = jnp.int32(0)
   carry = (left, b, segment, item, zero, zero, tuple(sequence), carry)
   *_, done, n, _, _ = lax.while_loop(lambda carry: carry[0] > 0, one, carry)
   return done, n
-
-
-def _i32(x):
-  return jnp.array(x, jnp.int32)

@@ -28,7 +28,7 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
 
   def pages_at(b, position):
     at = [
-      jnp.minimum(lax.div(position + j * step, _i32(p)), M - 1)
+      jnp.minimum(lax.div(position + j * step, jnp.int32(p)), M - 1)
       for j in range(c.copies)
     ]
     k = tuple(k_table[b, i] for i in at)
@@ -44,11 +44,11 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
     b, s, sequence, begin, tiles, done, n = (
       at.b, at.segment, at.sequence, at.begin, at.tiles, at.done, at.n
     )
-    bundle = lax.div(s, _i32(c.row_blocks))
-    block = lax.rem(s, _i32(c.row_blocks))
+    bundle = lax.div(s, jnp.int32(c.row_blocks))
+    block = lax.rem(s, jnp.int32(c.row_blocks))
     low = sequence[hopper_plan.LOW]
     high = jnp.minimum(sequence[hopper_plan.HIGH], at.end)
-    slot = lax.rem(n, _i32(c.query_slots))
+    slot = lax.rem(n, jnp.int32(c.query_slots))
 
     backend.wait_if(n >= c.query_slots, q_free.at[slot])
     token = sequence[hopper_plan.QUERY_START] + block * c.block_tokens
@@ -62,7 +62,7 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
 
     def one_tile(i, pages):
       position = begin + i * c.tokens
-      slot = lax.rem(done + i, _i32(c.stages))
+      slot = lax.rem(done + i, jnp.int32(c.stages))
       last = i + 1 == tiles
       following = pages_at(
         jnp.where(last, at.next_b, b),
@@ -81,7 +81,7 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
           index = (layer * inputs.num_pages + page) * c.bundles + bundle
           source = pool.at[index]
           if step < p:  # a tile is part of a page (kb is 1)
-            source = pool.at[index, pl.ds(lax.rem(first, _i32(p)), step)]
+            source = pool.at[index, pl.ds(lax.rem(first, jnp.int32(p)), step)]
           target = smem.at[slot, pl.ds(j * step * c.kb, step * c.kb)]
           backend.copy_if(
             live, source, target, full.at[slot], interpret, once
@@ -114,7 +114,3 @@ def row_shift(c: hopper_tuning.Config, row):
   if c.heads % 8 == 0:
     return 0
   return row & 7
-
-
-def _i32(x):
-  return jnp.array(x, jnp.int32)

@@ -1,6 +1,6 @@
 """The computing warpgroups of the Hopper prefill kernel: online softmax.
 
-For each unit of an item (hopper_prefill_units.py), as powers of two:
+For each unit of an item (hopper_prefill_units.py), in base-2 logarithms:
 
     s = q k^T                   then the turn is passed on
     m' = max(m, max s)          masked to -inf, where some row does not see all
@@ -43,14 +43,14 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
   q_full, q_free, k_full, v_full, k_free, v_free, turns, v_clean = barriers
   H, size = inputs.head_dim, c.tile
   dtype = inputs.query.dtype
-  to_log2 = inputs.scale * _LOG2E
+  to_log2 = inputs.scale * _LOG2E  # makes base-2 logarithms of logits
   by_row = mosaic.Layout.WGMMA.reduce(1)
 
   def take_turn():
     mosaic.barrier_wait(turns.at[wg])
 
   def pass_turn():
-    mosaic.barrier_arrive(turns.at[lax.rem(wg + 1, _i32(c.consumers))])
+    mosaic.barrier_arrive(turns.at[lax.rem(wg + 1, jnp.int32(c.consumers))])
 
   def full(shape, value, layout):
     return mosaic.layout_cast(jnp.full(shape, value, jnp.float32), layout)
@@ -61,10 +61,10 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
     *_, kind = plan.unpack(tile[plan.ROWS])
     token, _ = _split_rows(c, wg, kind)
     units = hopper_prefill_units.Units(inputs=inputs, config=c, tile=tile)
-    q_slot = lax.rem(item.n, _i32(c.query_slots))
+    q_slot = lax.rem(item.n, jnp.int32(c.query_slots))
 
     def slot_of(kv_tile):
-      return lax.rem(item.done + (kv_tile - begin), _i32(c.stages))
+      return lax.rem(item.done + (kv_tile - begin), jnp.int32(c.stages))
 
     def clean(kv_tile):
       """Zeroes what is dead of V, each warpgroup its part of the rows."""
@@ -88,7 +88,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
       position, slot = unit.position, slot_of(unit.tile)
       k, v = k_smem.at[slot], v_smem.at[slot]
       if width < size:
-        within = pl.multiple_of(lax.rem(position, _i32(size)), width)
+        within = pl.multiple_of(lax.rem(position, jnp.int32(size)), width)
         k, v = k.at[pl.ds(within, width)], v.at[pl.ds(within, width)]
 
       def prepare_next():
@@ -203,7 +203,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
 def _softmax(c, interpret, logits, factor, masked, dtype, carry):
   """Returns the weights of a unit's values, and the carry that goes with them.
 
-  logits: float32 [64, width], powers of two when times `factor`.
+  logits: float32 [64, width], base-2 logarithms when times `factor`.
   masked: whether some are -inf.
   """
   acc, m, l = carry
@@ -314,7 +314,3 @@ def _when(condition, do):
 
 def _across(x, columns):
   return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
-
-
-def _i32(x):
-  return jnp.array(x, jnp.int32)

@@ -47,7 +47,7 @@ def fetch(
 
   def pages_at(b, position):
     at = [
-      jnp.minimum(lax.div(position + j * step, _i32(p)), M - 1)
+      jnp.minimum(lax.div(position + j * step, jnp.int32(p)), M - 1)
       for j in shares(c.copies)
     ]
     k = tuple(k_table[b, i] for i in at)
@@ -91,7 +91,7 @@ def fetch(
 
     def one_tile(i, pages):
       position = (begin + i) * c.tile
-      slot = lax.rem(done + i, _i32(c.stages))
+      slot = lax.rem(done + i, jnp.int32(c.stages))
       next_b, next_position = b, position + c.tile
       if not c.narrow:
         last = i + 1 == steps
@@ -111,7 +111,7 @@ def fetch(
           index = (layer * inputs.num_pages + next(ids)) * K + kv_head
           source = pool.at[index]
           if step < p:  # a tile is part of a page
-            source = pool.at[index, pl.ds(lax.rem(at, _i32(p)), step)]
+            source = pool.at[index, pl.ds(lax.rem(at, jnp.int32(p)), step)]
           target = smem.at[slot, pl.ds(j * step, step)]
           backend.copy_if(
             live, source, target, full.at[slot], interpret, once
@@ -123,7 +123,7 @@ def fetch(
 
       @pl.when(i == 0)
       def _():
-        q_slot = lax.rem(n, _i32(c.query_slots))
+        q_slot = lax.rem(n, jnp.int32(c.query_slots))
         backend.wait_if(n >= c.query_slots, q_free.at[q_slot])
         *_, kind = plan.unpack(tile[plan.ROWS])
         for k, (tokens, heads) in enumerate(c.kinds):
@@ -143,7 +143,3 @@ def fetch(
   for free, uses in ((q_free, items), (k_free, tiles), (v_free, tiles)):
     for i in range(c.query_slots if free is q_free else c.stages):
       backend.wait_if(uses > i, free.at[i])
-
-
-def _i32(x):
-  return jnp.array(x, jnp.int32)

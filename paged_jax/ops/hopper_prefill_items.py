@@ -93,11 +93,11 @@ class Items:
     tokens, heads = self.config.kinds[-1]
     groups = -(-self.inputs.group_size // heads)
     beyond = self.inputs.num_tokens - used
-    beyond = lax.div(jnp.maximum(beyond, 0) + (tokens - 1), _i32(tokens))
+    beyond = lax.div(jnp.maximum(beyond, 0) + (tokens - 1), jnp.int32(tokens))
     count = (listed + beyond * groups) * K
 
     def read(i, columns=range(plan.END + 1)):
-      row = jnp.minimum(lax.div(i, _i32(K)), self.tiles.shape[0] - 1)
+      row = jnp.minimum(lax.div(i, jnp.int32(K)), self.tiles.shape[0] - 1)
       return tuple(self.tiles[row, j] for j in columns)
 
     def one(carry):
@@ -109,7 +109,7 @@ class Items:
         tile = (*tile[: plan.END], end)
         self._claim(r + 2, warps)
       following = self._claimed(r + 1)
-      item = Item(tile=tile, kv_head=lax.rem(i, _i32(K)), done=done, n=n)
+      item = Item(tile=tile, kv_head=lax.rem(i, jnp.int32(K)), done=done, n=n)
       if warps is None:
         # Issued now, looked at after the item: its latency is hidden.
         tile_next = read(following)
@@ -121,7 +121,7 @@ class Items:
       n = n + jnp.where(steps > 0, 1, 0)
       return following, r + 1, done + steps, n, tile_next, found
 
-    zero = _i32(0)
+    zero = jnp.int32(0)
     if warps is not None:
       self._claim(zero + 1, warps)
     first = read(self.cta)
@@ -137,7 +137,7 @@ class Items:
     if self.claims is None:
       return
     counter, numbers, full, free = self.claims
-    slot = lax.rem(r, _i32(_AHEAD))
+    slot = lax.rem(r, jnp.int32(_AHEAD))
 
     @pl.when(warps[0] == 0)
     def _():
@@ -150,7 +150,7 @@ class Items:
     if self.claims is None:
       return r * self.num_ctas + self.cta
     _, numbers, full, free = self.claims
-    slot = lax.rem(r, _i32(_AHEAD))
+    slot = lax.rem(r, jnp.int32(_AHEAD))
     mosaic.barrier_wait(full.at[slot])
     number = numbers[slot]
     mosaic.barrier_arrive(free.at[slot])
@@ -160,24 +160,20 @@ class Items:
     """Behind the list: tokens that no sequence owns, "of length -1"."""
     tokens, heads = self.config.kinds[-1]
     groups = -(-self.inputs.group_size // heads)
-    z = lax.div(i, _i32(self.inputs.num_kv_heads)) - listed
-    first = used + lax.div(z, _i32(groups)) * tokens
+    z = lax.div(i, jnp.int32(self.inputs.num_kv_heads)) - listed
+    first = used + lax.div(z, jnp.int32(groups)) * tokens
     unowned = {
       plan.TOKEN: first,
       plan.ROWS: plan.pack(
         jnp.minimum(self.inputs.num_tokens - first, tokens),
-        lax.rem(z, _i32(groups)) * heads,
+        lax.rem(z, jnp.int32(groups)) * heads,
         len(self.config.kinds) - 1,
       ),
-      plan.LENGTH: _i32(-1),
-      plan.BEGIN: _i32(0),
-      plan.END: _i32(0),
+      plan.LENGTH: jnp.int32(-1),
+      plan.BEGIN: jnp.int32(0),
+      plan.END: jnp.int32(0),
     }
     return [
       jnp.where(z >= 0, unowned[j], x) if j in unowned else x
       for j, x in enumerate(tile)
     ]
-
-
-def _i32(x):
-  return jnp.array(x, jnp.int32)

@@ -46,8 +46,8 @@ def store(
       mosaic.commit_smem()
       for i in range(0, 64, block):
         at = wg * 64 + i
-        to = (first_head + lax.div(at, _i32(tokens))) * H
-        rows = pl.ds(first + lax.rem(at, _i32(tokens)), block)
+        to = (first_head + lax.div(at, jnp.int32(tokens))) * H
+        rows = pl.ds(first + lax.rem(at, jnp.int32(tokens)), block)
         for x, column in enumerate(columns):
           mosaic.copy_smem_to_gmem(
             o_smem.at[x, pl.ds(i, block)],
@@ -58,7 +58,7 @@ def store(
   for k, (tokens, heads) in enumerate(c.kinds):
     if k == 0 and c.narrow:  # not worth its instructions
       continue
-    offset = lax.rem(wg * 64, _i32(tokens))
+    offset = lax.rem(wg * 64, jnp.int32(tokens))
     whole = (kind == k) & (heads_left >= heads)
     whole &= tokens_own >= offset + min(tokens, 64)
     if heads * tokens < c.rows:
@@ -80,7 +80,3 @@ def store(
       lse_ref, lse, jnp.where(own, first_head + head, -1), first + token,
       interpret,
     )
-
-
-def _i32(x):
-  return jnp.array(x, jnp.int32)

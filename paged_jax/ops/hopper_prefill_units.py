@@ -59,9 +59,9 @@ class Units:
     size, width = self.config.tile, self.config.part
     parts = size // width
     start, stop = self._whole_tiles()
-    end = lax.div(self._end(), _i32(width))
+    end = lax.div(self._end(), jnp.int32(width))
     if self.inputs.window is not None:
-      first = lax.div(self._begin(), _i32(width))
+      first = lax.div(self._begin(), jnp.int32(width))
       last = jnp.minimum(start * parts, end)
       yield Stretch(first=first, last=last, width=width, masked=True)
     yield Stretch(first=start, last=stop, width=size, masked=False)
@@ -74,7 +74,7 @@ class Units:
     ends = position + width == self._end()
     tile, opens, closes = i, True, True
     if parts > 1:
-      tile, part = lax.div(i, _i32(parts)), lax.rem(i, _i32(parts))
+      tile, part = lax.div(i, jnp.int32(parts)), lax.rem(i, jnp.int32(parts))
       opens = part == 0
       if self.inputs.window is not None:
         opens |= position == self._begin()
@@ -95,7 +95,7 @@ class Units:
     if self.inputs.window is None:
       return begin
     low = self.tile[plan.AT] - (self.inputs.window - 1)
-    low = lax.div(jnp.maximum(low, 0), _i32(width)) * width
+    low = lax.div(jnp.maximum(low, 0), jnp.int32(width)) * width
     return jnp.clip(low, begin, self._end())
 
   def _end(self):
@@ -105,7 +105,7 @@ class Units:
     seen = self.tile[plan.LENGTH]
     if self.inputs.causal:
       seen = jnp.minimum(seen, self.tile[plan.AT] + own)
-    end = lax.div(seen + (width - 1), _i32(width)) * width
+    end = lax.div(seen + (width - 1), jnp.int32(width)) * width
     return jnp.clip(
       end, self.tile[plan.BEGIN] * size, self.tile[plan.END] * size
     )
@@ -120,14 +120,10 @@ class Units:
       seen = jnp.minimum(seen, at + 1)
     elif self.inputs.max_query_length > 1:
       seen = jnp.where(at < 0, 0, seen)
-    stop = lax.div(jnp.maximum(seen, 0), _i32(size))
+    stop = lax.div(jnp.maximum(seen, 0), jnp.int32(size))
     stop = jnp.clip(stop, begin, end)
     if self.inputs.window is None:
       return begin, stop
     low = jnp.maximum(at + own - self.inputs.window, 0)
-    start = jnp.clip(lax.div(low + (size - 1), _i32(size)), begin, end)
+    start = jnp.clip(lax.div(low + (size - 1), jnp.int32(size)), begin, end)
     return start, jnp.maximum(stop, start)
-
-
-def _i32(x):
-  return jnp.array(x, jnp.int32)

@@ -52,13 +52,13 @@ def attend(
     s, sequence = at.segment, at.sequence
     low = sequence[hopper_plan.LOW]
     high = jnp.minimum(sequence[hopper_plan.HIGH], at.end)
-    q_slot = lax.rem(at.n, _i32(c.query_slots))
+    q_slot = lax.rem(at.n, jnp.int32(c.query_slots))
     mosaic.barrier_wait(q_full.at[q_slot])
 
     def one_tile(i, carry):
       acc, m, l = carry
       position = at.begin + i * c.tokens
-      slot = lax.rem(at.done + i, _i32(c.stages))
+      slot = lax.rem(at.done + i, jnp.int32(c.stages))
       mosaic.barrier_wait(k_full.at[slot])
       logits = backend.matmul(
         q_smem.at[q_slot], k_smem.at[slot], (64, c.tile), interpret
@@ -150,7 +150,7 @@ def _normalise(acc, m, l):
 def _add_sinks(inputs, c, wg, s, sequence, sinks_ref, acc, m, l):
   """Adds each head's sink to its rows' denominators, as a logit without V."""
   _, head = _split_rows(inputs, c, wg, s, sequence)
-  first = lax.div(s, _i32(c.row_blocks)) * c.heads
+  first = lax.div(s, jnp.int32(c.row_blocks)) * c.heads
   sink = jnp.zeros_like(m)
   for h in range(c.heads):
     sink = jnp.where(head == h, sinks_ref[first + h] * _LOG2E, sink)
@@ -174,9 +174,9 @@ def _split_rows(inputs, c, wg, s, sequence):
     token += (row >= j * c.token_rows).astype(jnp.int32)
   head = row - token * c.token_rows
   if c.heads % 8:
-    bundle = lax.div(s, _i32(c.row_blocks))
+    bundle = lax.div(s, jnp.int32(c.row_blocks))
     start = sequence[hopper_plan.QUERY_START]
-    start += lax.rem(s, _i32(c.row_blocks)) * c.block_tokens
+    start += lax.rem(s, jnp.int32(c.row_blocks)) * c.block_tokens
     for j in range(c.block_tokens):
       first = hopper_fetch.query_row(inputs, c, start + j, bundle)
       shift = hopper_fetch.row_shift(c, first)
@@ -201,7 +201,7 @@ def _seen(inputs, c, wg, s, sequence, position, low, high):
     return seen
   token, head = _split_rows(inputs, c, wg, s, sequence)
   if inputs.max_query_length > 1:
-    block = lax.rem(s, _i32(c.row_blocks)) * c.block_tokens
+    block = lax.rem(s, jnp.int32(c.row_blocks)) * c.block_tokens
     first = sequence[hopper_plan.HIGH] - sequence[hopper_plan.QUERY_LENGTH]
     own = token + (first + block - position)
     if inputs.causal:
@@ -227,8 +227,8 @@ def _write_output(
   """Stores the rows of a whole segment, each to its token and head."""
   out_ref, lse_ref = outputs
   token, head = _split_rows(inputs, c, wg, s, sequence)
-  bundle = lax.div(s, _i32(c.row_blocks))
-  token += lax.rem(s, _i32(c.row_blocks)) * c.block_tokens
+  bundle = lax.div(s, jnp.int32(c.row_blocks))
+  token += lax.rem(s, jnp.int32(c.row_blocks)) * c.block_tokens
   own = (head >= 0) & (head < c.heads)
   own &= token < sequence[hopper_plan.QUERY_LENGTH]
   row = jnp.where(own, sequence[hopper_plan.QUERY_START] + token, -1)
@@ -281,7 +281,3 @@ def _iota(shape, axis, layout):
 
 def _log2(x):
   return x.bit_length() - 1
-
-
-def _i32(x):
-  return jnp.array(x, jnp.int32)

@@ -202,14 +202,14 @@ MUTANTS = {
   ),
   "prefill: a part before a row's window left out": (
     "hopper_prefill_units.py",
-    "low = lax.div(jnp.maximum(low, 0), _i32(width)) * width",
-    "low = lax.div(jnp.maximum(low, 0) + 40, _i32(width)) * width",
+    "low = lax.div(jnp.maximum(low, 0), jnp.int32(width)) * width",
+    "low = lax.div(jnp.maximum(low, 0) + 40, jnp.int32(width)) * width",
     _UNITS,
   ),
   "prefill: the last part left out": (
     "hopper_prefill_units.py",
-    "end = lax.div(seen + (width - 1), _i32(width)) * width",
-    "end = lax.div(seen, _i32(width)) * width",
+    "end = lax.div(seen + (width - 1), jnp.int32(width)) * width",
+    "end = lax.div(seen, jnp.int32(width)) * width",
     _UNITS,
   ),
   "prefill: parts that no row sees": (
