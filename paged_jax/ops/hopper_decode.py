@@ -212,7 +212,8 @@ def _kernel(inputs, c, interpret, *refs):
 def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
   """Calls `body` for each stretch of this CTA's share of the line.
 
-  begin(b, position) -> carry, for the first stretch;
+  begin(b, position, segment, high, share) -> carry, for the first stretch,
+  whose sequence ends before position `high`, of `share` positions in all;
   body(stretch, carry) -> carry;
   ahead: whether a sequence's plan is read before the stretch that precedes it,
   which costs registers; without, `next_begin` of a stretch is not set.
@@ -280,7 +281,12 @@ def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
     return left, next_b, next_segment, next_item, done, n + 1, following, carry
 
   left, b, segment, item, *sequence = start
-  carry = begin(b, position(sequence, first_unit(sequence, item)))
+  unit = first_unit(sequence, item)
+  share = first_unit(sequence, left) * c.step
+  high = jnp.minimum(
+    sequence[hopper_plan.HIGH], position(sequence, unit) + share
+  )
+  carry = begin(b, position(sequence, unit), segment, high, share)
   zero = jnp.int32(0)
   carry = (left, b, segment, item, zero, zero, tuple(sequence), carry)
   *_, done, n, _, _ = lax.while_loop(lambda carry: carry[0] > 0, one, carry)

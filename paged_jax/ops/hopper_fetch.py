@@ -34,10 +34,36 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
     k = tuple(k_table[b, i] for i in at)
     return k + tuple(table[b, i] for table in v_table for i in at)
 
-  def begin(b, position):
-    pages = pages_at(b, position)
+  def part(pool, layer, page, bundle, position):
+    """What one copy brings: a bundle of a page, or positions of it."""
+    # An int32 is enough: 2**31 tiles of 1 KiB or more fit no GPU.
+    index = (layer * inputs.num_pages + page) * c.bundles + bundle
+    if step == p:
+      return pool.at[index]
+    # A tile is part of a page (kb is 1).
+    return pool.at[index, pl.ds(lax.rem(position, jnp.int32(p)), step)]
+
+  def begin(b, position, segment, high, share):
+    """Asks L2 for a part of the share, while others are still asking."""
+    layer = layer_ref[0]
+    bundle = lax.div(segment, jnp.int32(c.row_blocks))
+    ahead = lax.div(share, jnp.int32(hopper_tuning.PART_AHEAD * c.tokens))
+    tiles = []
+    for i in range(c.ahead):
+      here = position + i * c.tokens
+      pages = pages_at(b, here)
+      tiles.append(pages)
+      for pool, ids in (
+        (k_ref, pages[: c.copies]), (v_ref, pages[-c.copies :])
+      ):
+        for j, page in enumerate(ids):
+          first = here + j * step
+          live = (first < high) & ((i == 0) | (i < ahead))
+          backend.prefetch_if(
+            live, part(pool, layer, page, bundle, first), interpret
+          )
     wait()
-    return pages, layer_ref[0]
+    return tiles[0], layer_ref[0]
 
   def stretch(at, carry):
     pages, layer = carry
@@ -77,11 +103,7 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
         for j, page in enumerate(ids):
           first = position + j * step
           live = (first + step > low) & (first < high)
-          # An int32 is enough: 2**31 tiles of 1 KiB or more fit no GPU.
-          index = (layer * inputs.num_pages + page) * c.bundles + bundle
-          source = pool.at[index]
-          if step < p:  # a tile is part of a page (kb is 1)
-            source = pool.at[index, pl.ds(lax.rem(first, jnp.int32(p)), step)]
+          source = part(pool, layer, page, bundle, first)
           target = smem.at[slot, pl.ds(j * step * c.kb, step * c.kb)]
           backend.copy_if(
             live, source, target, full.at[slot], interpret, once

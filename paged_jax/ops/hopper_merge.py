@@ -3,17 +3,26 @@
     w_i = 2^(lse_i - max)      out = sum w_i o_i / (sum w_i + 2^(sink - max))
 
 What a CTA of the decode kernel computed whole is in the output already and is
-left alone. The rest: one small CTA for a few neighbouring heads of one query
-token (as many as fill its 128 lanes). It finds the partials of the token's
-segment from the plan by arithmetic, reads their rows and writes the output row.
-Tokens that no sequence owns get 0 and -inf here.
+left alone. Often that is all of it, and what this kernel costs then is starting
+its CTAs, 1 us a thousand. So there are few, a number for each cut of the line
+of work (hopper_plan.py); the cuts of one segment share its heads:
+
+    line   |    segment 0    |    segment 1    |    segment 2    |
+    cuts         |       |       |       |       |       |       |
+                 all     half    half    all     all of their segment's heads
+
+or, if that is less, for each segment. A group of heads is as many as fill the
+128 lanes of a CTA. Rows without keys get their zeros here, and tokens that no
+sequence owns.
 
 Where so few heads make no 128 lanes a row is widened to 128 columns, and what
 is in the columns from H on is cut off.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -26,7 +35,8 @@ from paged_jax.ops.backend import mosaic
 from paged_jax.ops.inputs import Inputs
 
 _LOG2E = math.log2(math.e)
-_UNROLL = (16, 4)  # partials in flight, while that many are left and then
+_MANY, _FEW = 16, 4  # partials in flight, while that many are left and then
+_TOGETHER = 4  # groups of heads in flight where partials are few
 
 
 def merge(
@@ -42,18 +52,17 @@ def merge(
   """Returns the output and the natural-log LSE, sinks included."""
   T, N, H = inputs.query.shape
   c = work.config
-  heads = hopper_tuning.merged_heads(c.width)
-  chunks = c.heads // heads
-  Q = inputs.max_query_length
-  blocks = inputs.num_sequences * Q
-  if not inputs.decode:
-    blocks = max(blocks, T)
   sinks = () if inputs.sinks is None else (inputs.sinks,)
+  groups = c.heads // hopper_tuning.merged_heads(c.width)
+  by_cut = work.num_ctas, -(-groups // _TOGETHER)
+  by_segment = inputs.num_sequences * c.segments, c.block_tokens * groups
+  cuts = c.cut == hopper_tuning.EQUAL
+  cuts &= math.prod(by_cut) < math.prod(by_segment)
   kernel = backend.mosaic_call(
-    functools.partial(_kernel, inputs, c, heads, interpret),
+    functools.partial(_kernel, inputs, c, cuts, interpret),
     name="paged_decode_merge",
-    grid=(c.bundles * chunks, blocks),
-    grid_names=("chunk", "token"),
+    grid=by_cut if cuts else by_segment,
+    grid_names=("place", "part"),
     out_shape=(),
     scratch=(),
     num_warpgroups=1,
@@ -73,128 +82,219 @@ def merge(
   return out.reshape(T, N, c.width)[..., :H], out_lse
 
 
-def _kernel(inputs, c, heads, interpret, *refs):
-  o_ref, lse_ref, ctas_ref, sequences_ref, *sinks_ref = refs[:-2]
-  out_ref, out_lse_ref = refs[-2:]
-  H, Q = c.width, inputs.max_query_length
-  i32 = functools.partial(jnp.array, dtype=jnp.int32)
-  chunks = c.heads // heads
-  bundle = lax.div(lax.axis_index("chunk"), i32(chunks))
-  chunk = lax.rem(lax.axis_index("chunk"), i32(chunks))
-  size = heads * H
-  layout = mosaic.Layout.WG_STRIDED((size,), vec_size=_vector(size))
-  lane = mosaic.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+def _kernel(inputs, c, cuts, interpret, *refs):
+  partial_ref, partial_lse_ref, ctas_ref, sequences_ref, *sinks_ref = refs[:-2]
+  place, part = lax.axis_index("place"), lax.axis_index("part")
+  places, parts = lax.axis_size("place"), lax.axis_size("part")
 
-  def spread(values):
-    """One scalar a head -> [heads * H]."""
+  def sequence_of(b):
+    return [sequences_ref[b, i] for i in range(hopper_plan.ITEMS + 1)]
+
+  # The plan is older than any kernel that may still run: read it ahead.
+  if cuts:
+    row = [ctas_ref[place, i] for i in range(4 + hopper_plan.ITEMS + 1)]
+    _, b, segment, item, *sequence = row
+  else:
+    b, segment = _divmod(place, c.segments)
+    sequence = sequence_of(b)
+  items = sequence[hopper_plan.ITEMS]
+  begin = sequence[hopper_plan.OFFSET] + segment * items
+  count, base = items, begin
+  if c.cut == hopper_tuning.EQUAL:
+    each = jnp.maximum(ctas_ref[0, 0], 1)
+    first_cta = lax.div(begin, each)
+    count = lax.div(jnp.maximum(begin + items - 1, 0), each) - first_cta + 1
+    base = first_cta + b * c.segments + segment
+  split, helper, helpers = count > 1, part, jnp.int32(parts)
+  if cuts:
+    split = item > 0
+    helper += (place - first_cta - 1) * parts
+    helpers = (count - 1) * parts
+  backend.wait_for_previous_kernel(interpret)
+
+  heads = _Heads(
+    inputs, c, partial_ref, partial_lse_ref, sinks_ref, *refs[-2:]
+  )
+  bundle, block = _divmod(segment, c.row_blocks)
+  tokens = sequence[hopper_plan.QUERY_LENGTH] - block * c.block_tokens
+  tokens = jnp.clip(tokens, 0, c.block_tokens)
+  token = sequence[hopper_plan.QUERY_START] + block * c.block_tokens
+
+  def merge_groups(together, add_all):
+    """Merges this CTA's share of the segment's groups, some at a time."""
+    last = c.heads // heads.number - 1
+    pieces = last // together + 1
+
+    def one(i, _):
+      j, piece = _divmod(i, pieces)
+      row = hopper_fetch.query_row(inputs, c, token + j, bundle)
+      at = j * c.token_rows + hopper_fetch.row_shift(c, row)
+
+      def some(firsts):
+        states = [heads.start(bundle * c.heads + first) for first in firsts]
+        states = add_all(states, [at + first for first in firsts])
+        for first, state in zip(firsts, states, strict=True):
+          heads.finish(token + j, bundle * c.heads + first, state)
+
+      groups = [piece * together + i for i in range(together)]
+      some([jnp.minimum(group, last) * heads.number for group in groups])
+      if c.heads % heads.number:  # the rest, with some heads a second time
+        rest = jnp.int32(c.heads - heads.number)
+        pl.when(piece == pieces - 1)(lambda: some([rest]))
+
+    _share(tokens * pieces, helper, helpers, one)
+
+  def add_few(states, at):
+    return heads.add(states, at, base, count, 0, _FEW)
+
+  def add_many(states, at):
+    def add(start, unroll, i, states):
+      return heads.add(states, at, base, count, start + i * unroll, unroll)
+
+    rounds = lax.div(count, jnp.int32(_MANY))
+    done = rounds * _MANY
+    rest = lax.div(count - done + (_FEW - 1), jnp.int32(_FEW))
+    add_most = functools.partial(add, 0, _MANY)
+    states = lax.fori_loop(0, rounds, add_most, states)
+    return lax.fori_loop(0, rest, functools.partial(add, done, _FEW), states)
+
+  few = count <= _FEW
+  pl.when(split & few)(lambda: merge_groups(_TOGETHER, add_few))
+  pl.when(split & jnp.logical_not(few))(lambda: merge_groups(1, add_many))
+
+  def without_keys(b, _):
+    sequence = sequence_of(b)
+    start, queries = (
+      sequence[i] for i in (hopper_plan.QUERY_START, hopper_plan.QUERY_LENGTH)
+    )
+
+    @pl.when(sequence[hopper_plan.ITEMS] == 0)
+    def _():
+      lax.fori_loop(0, queries, lambda j, _: heads.empty(start + j), None)
+
+  number, ctas = place * parts + part, places * parts
+  B = inputs.num_sequences
+  _share(B, number, ctas, without_keys)
+  if not inputs.decode:
+    last = sequence_of(B - 1)
+    used = last[hopper_plan.QUERY_START] + last[hopper_plan.QUERY_LENGTH]
+    unowned = inputs.num_tokens - used
+    _share(
+      unowned, number, ctas, lambda i, _: heads.empty(used + i, owned=False)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Heads:
+  """A group of neighbouring heads of a query token, that fills 128 lanes.
+
+  Its state is (sum of w_i o_i, max, sum of w_i); the latter two by head.
+  """
+
+  inputs: Any
+  config: hopper_tuning.Config
+  partial: Any
+  partial_lse: Any
+  sinks: Any
+  out: Any
+  lse: Any
+
+  @property
+  def number(self) -> int:
+    return hopper_tuning.merged_heads(self.config.width)
+
+  @property
+  def _layout(self):
+    size = self.number * self.config.width
+    vector = 4 if size % 512 == 0 else 2 if size % 256 == 0 else 1
+    return mosaic.Layout.WG_STRIDED((size,), vec_size=vector)
+
+  def start(self, first):
+    """The state before any partial; `first` is the first one of N heads."""
+    f32 = functools.partial(jnp.array, dtype=jnp.float32)
+    m = tuple(f32(-jnp.inf) for _ in range(self.number))
+    l = tuple(f32(0.0) for _ in range(self.number))
+    if self.sinks:
+      (sinks,) = self.sinks
+      m = tuple(sinks[first + h] * _LOG2E for h in range(self.number))
+      l = tuple(jnp.where(x == -jnp.inf, 0.0, 1.0) for x in m)
+    return self._spread([0.0] * self.number), m, l
+
+  def add(self, states, at, base, count, start, unroll):
+    """Adds partials start .. start + unroll - 1, of `count` from `base` on.
+
+    states: of some groups.
+    at: for each, the row of a partial where its first head is.
+    """
+    width = self.config.width
+    size = self.number * width
+    loaded = []
+    for k in range(unroll):
+      part = base + jnp.minimum(start + k, count - 1)
+      for row in at:
+        lse = [self.partial_lse[part, row + h] for h in range(self.number)]
+        lse = [jnp.where(start + k < count, x, -jnp.inf) for x in lse]
+        data = self.partial.at[part, pl.ds(row * width, size)]
+        loaded.append((lse, mosaic.load(data, layout=self._layout)))
+    added = []
+    for i, (acc, m, l) in enumerate(states):
+      mine = loaded[i :: len(states)]
+      most = [
+        functools.reduce(jnp.maximum, [lse[h] for lse, _ in mine], m[h])
+        for h in range(self.number)
+      ]
+      shift = [jnp.where(x == -jnp.inf, 0.0, x) for x in most]
+      alpha = [jnp.exp2(x - y) for x, y in zip(m, shift, strict=True)]
+      acc = acc * self._spread(alpha)
+      l = [x * y for x, y in zip(l, alpha, strict=True)]
+      for lse, data in mine:
+        w = [jnp.exp2(x - y) for x, y in zip(lse, shift, strict=True)]
+        acc = acc + data * self._spread(w)
+        l = [x + y for x, y in zip(l, w, strict=True)]
+      added.append((acc, tuple(most), tuple(l)))
+    return added
+
+  def finish(self, token, first, state):
+    """Writes what the group has come to."""
+    acc, m, l = state
+    inverse = [jnp.where(x == 0.0, 0.0, 1.0 / x) for x in l]
+    lse = [
+      jnp.where(y == 0.0, -jnp.inf, (x + jnp.log2(y)) / _LOG2E)
+      for x, y in zip(m, l, strict=True)
+    ]
+    out = (acc * self._spread(inverse)).astype(self.inputs.query.dtype)
+    width = self.config.width
+    self.out[token, pl.ds(first * width, self.number * width)] = out
+    for h, value in enumerate(lse):
+      self.lse[token, first + h] = value
+
+  def empty(self, token, owned=True):
+    """Writes all heads of a token that sees nothing, but sinks if `owned`."""
+    N, number = self.inputs.num_heads, self.number
+
+    def group(i, _):
+      first = jnp.minimum(i * number, N - number)
+      nothing = self if owned else dataclasses.replace(self, sinks=())
+      self.finish(token, first, nothing.start(first))
+
+    lax.fori_loop(0, -(-N // number), group, None)
+
+  def _spread(self, values):
+    """One scalar a head -> [heads * width]."""
+    layout, size = self._layout, self.number * self.config.width
+    lane = mosaic.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
     spread = jnp.full((size,), values[0], jnp.float32)
     spread = mosaic.layout_cast(spread, layout)
     for i, value in enumerate(values[1:], 1):
-      spread = jnp.where(lane >= i * H, value, spread)
+      spread = jnp.where(lane >= i * self.config.width, value, spread)
     return spread
 
-  def store(token, first, out, lse):
-    out = out.astype(inputs.query.dtype)
-    out_ref[token, pl.ds(first * H, size)] = out
-    for i, value in enumerate(lse):
-      out_lse_ref[token, first + i] = value
 
-  def each_chunk(do):
-    """Calls do(first head of the bundle) for what this CTA merges."""
-    do(chunk * heads)
-    if c.heads % heads:  # the rest, with some heads a second time
-      pl.when(chunk == chunks - 1)(lambda: do(i32(c.heads - heads)))
-
-  x = lax.axis_index("token")
-  b, j = lax.div(x, i32(Q)), lax.rem(x, i32(Q))
-  B = inputs.num_sequences
-  row = jnp.minimum(b, B - 1)
-  # Before the wait: the next kernel, which waits for this one, takes its place
-  # where the decode kernel has left.
-  backend.start_next_kernel(interpret)
-  # The plan is older than any kernel that may still run: read it ahead.
-  sequence = [sequences_ref[row, i] for i in range(hopper_plan.ITEMS + 1)]
-  each = jnp.maximum(ctas_ref[0, 0], 1)
-  backend.wait_for_previous_kernel(interpret)
-
-  items = sequence[hopper_plan.ITEMS]
-  segment = bundle * c.row_blocks + lax.div(j, i32(c.block_tokens))
-  begin = sequence[hopper_plan.OFFSET] + segment * items
-  if c.cut == hopper_tuning.EQUAL:
-    first_cta = lax.div(begin, each)
-    last_cta = lax.div(begin + items - 1, each)
-    count = jnp.where(items > 0, last_cta - first_cta + 1, 0)
-    base = first_cta + b * c.segments + segment
-  else:
-    count, base = items, begin
-
-  def merge_heads(head):
-    at = lax.rem(j, i32(c.block_tokens)) * c.token_rows
-    token = sequence[hopper_plan.QUERY_START] + j
-    row = hopper_fetch.query_row(inputs, c, token, bundle)
-    at += hopper_fetch.row_shift(c, row) + head
-    first = bundle * c.heads + head
-
-    def some(start, unroll, i, carry):
-      """Adds partials start + i * unroll and the next ones."""
-      acc, m, l = carry
-      lses, rows = [], []
-      for u in range(unroll):
-        k = start + i * unroll + u
-        part = base + jnp.minimum(k, count - 1)
-        lses.append([
-          jnp.where(k < count, lse_ref[part, at + h], -jnp.inf)
-          for h in range(heads)
-        ])
-        rows.append(mosaic.load(o_ref.at[part, pl.ds(at * H, size)],
-                                layout=layout))
-      m_new = [functools.reduce(jnp.maximum, [x[h] for x in lses], m[h])
-               for h in range(heads)]
-      safe = [jnp.where(x == -jnp.inf, 0.0, x) for x in m_new]
-      alpha = [jnp.exp2(m[h] - safe[h]) for h in range(heads)]
-      acc = acc * spread(alpha)
-      l = [l[h] * alpha[h] for h in range(heads)]
-      for one, data in zip(lses, rows):
-        w = [jnp.exp2(one[h] - safe[h]) for h in range(heads)]
-        acc = acc + data * spread(w)
-        l = [l[h] + w[h] for h in range(heads)]
-      return acc, tuple(m_new), tuple(l)
-
-    f32 = functools.partial(jnp.array, dtype=jnp.float32)
-    m = tuple(f32(-jnp.inf) for _ in range(heads))
-    l = tuple(f32(0.0) for _ in range(heads))
-    if sinks_ref:
-      m = tuple(sinks_ref[0][first + h] * _LOG2E for h in range(heads))
-      l = tuple(jnp.where(x == -jnp.inf, 0.0, 1.0) for x in m)
-    many, few = _UNROLL
-    rounds = lax.div(count, i32(many))
-    done = rounds * many
-    rest = lax.div(count - done + (few - 1), i32(few))
-    carry = spread([0.0] * heads), m, l
-    carry = lax.fori_loop(0, rounds, functools.partial(some, 0, many), carry)
-    acc, m, l = lax.fori_loop(
-      0, rest, functools.partial(some, done, few), carry
-    )
-    inverse = [jnp.where(x == 0.0, 0.0, 1.0 / x) for x in l]
-    lse = [
-      jnp.where(l[h] == 0.0, -jnp.inf, (m[h] + jnp.log2(l[h])) / _LOG2E)
-      for h in range(heads)
-    ]
-    store(token, first, acc * spread(inverse), lse)
-
-  @pl.when((b < B) & (j < sequence[hopper_plan.QUERY_LENGTH]) & (count != 1))
-  def _():
-    each_chunk(merge_heads)
-
-  if not inputs.decode:
-    last = [sequences_ref[B - 1, i] for i in range(8)]
-    used = last[hopper_plan.QUERY_START] + last[hopper_plan.QUERY_LENGTH]
-    zeros, dead = spread([0.0] * heads), [jnp.float32(-jnp.inf)] * heads
-
-    @pl.when((x >= used) & (x < inputs.num_tokens))
-    def _():
-      each_chunk(lambda head: store(x, bundle * c.heads + head, zeros, dead))
+def _share(total, helper, helpers, do):
+  """Calls do(i, None) for i = helper, helper + helpers, ... below `total`."""
+  mine = lax.div(total - helper + helpers - 1, jnp.int32(helpers))
+  lax.fori_loop(0, mine, lambda i, _: do(helper + i * helpers, None), None)
 
 
-def _vector(size):
-  return 4 if size % 512 == 0 else 2 if size % 256 == 0 else 1
+def _divmod(x, y):
+  return lax.div(x, jnp.int32(y)), lax.rem(x, jnp.int32(y))

@@ -136,7 +136,7 @@ def attend(
     return ()
 
   # With H = 256 the accumulator leaves no registers to read ahead.
-  walk(lambda b, position: (), stretch, ahead=H < 256)
+  walk(lambda *_: (), stretch, ahead=H < 256)
   if shares:
     mosaic.wait_smem_to_gmem(0)
 

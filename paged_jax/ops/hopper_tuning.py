@@ -29,6 +29,9 @@ _RESERVED = 4096  # barriers, reduction scratch, what the driver takes
 _SMS = 132  # H100; a guess is enough for the rule
 _SM_BYTES = 23e3  # of K and V that an SM gets in a us when all are busy
 _IN_FLIGHT = 64 * 1024  # bytes of K and V that an SM waits for; more is slower
+_COPIES_AHEAD = 16  # of K, that L2 is asked for at first
+_BYTES_AHEAD = 256 * 1024  # of K and V, likewise
+PART_AHEAD = 16  # that part of a CTA's share, likewise
 _MERGE_US = 4.0  # what a merging kernel costs
 _INVARIANT_B = 32  # the batch that a batch-invariant plan is made for
 _INVARIANT_TOKENS = 256  # shortest piece of it
@@ -47,6 +50,7 @@ class Config:
 
   tile: int  # rows of K (tokens times bundle heads) a step
   stages: int  # tiles of K and of V in flight
+  ahead: int  # tiles that L2 is asked for at first, at most
   kb: int  # kv heads a bundle
   heads: int  # query heads a bundle, kb * G
   step: int  # positions that one copy, of a bundle of a page, brings
@@ -128,7 +132,9 @@ def choose(
   given = measured(g, B) if overrides is None else overrides
   consumers = 2 if _token_rows(G) * Q > 64 and H <= 128 else 1
   # Large pages: a tile is a part of one head's page, and short ones are many.
-  short = H > 128 or consumers == 2 or (H == 128 and p < 64)
+  # Large bundles: a short one would be fewer than 32 tokens.
+  short = H == 128 and p < 64 and _bundle(g, 64, B) < 4
+  short |= H > 128 or consumers == 2
   if B * K * max_pages * p <= _SMS * 128 and not batch_invariant:
     short = True  # longer ones would never be full
   tile = given.get("tile", 64 if short else 128)
@@ -158,6 +164,7 @@ def choose(
   config = Config(
     tile=tile,
     stages=2,
+    ahead=1,
     kb=kb,
     heads=kb * G,
     step=step,
@@ -178,7 +185,12 @@ def choose(
   stage = 2 * tile * H * 2  # bytes
   stages = given.get("stages", max(_IN_FLIGHT // stage, 2))
   stages = min(stages, room // stage)
-  return dataclasses.replace(config, stages=stages)
+  ahead = min(_COPIES_AHEAD // config.copies, _BYTES_AHEAD // stage)
+  if not batch_invariant:
+    share = B * config.segments * max_pages * p / _SMS  # tokens, at most
+    ahead = min(ahead, math.ceil(share / (PART_AHEAD * config.tokens)))
+  ahead = given.get("ahead", max(ahead, 1))
+  return dataclasses.replace(config, stages=stages, ahead=ahead)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import paged_jax
-from paged_jax.ops import hopper_plan, hopper_tuning
+from paged_jax.ops import hopper, hopper_plan, hopper_tuning
 from paged_jax.ops.plan import Geometry
 from tests.conformance import data
 
@@ -259,6 +259,17 @@ def test_kernels(name):
   made = data.problem(50, **settings)
   out, lse = data.call(made, "hopper")
   data.assert_right(made, out, lse)
+
+
+@needs_interpreter
+def test_the_cuts_of_a_segment_share_its_heads(monkeypatch):
+  """Six partials, three, and two; rows without keys, tokens without a row."""
+  monkeypatch.setattr(hopper, "_INTERPRETED_CTAS", 16)
+  made = data.problem(
+    60, lengths=(330, 130, 0, 50), query_lengths=(6, 1, 1, 2), T=12,
+    max_query_length=6, N=32, K=1, H=64, p=16, dtype=jnp.bfloat16, sinks=True,
+  )
+  data.assert_right(made, *data.call(made, "hopper"))
 
 
 @needs_interpreter

@@ -6,6 +6,9 @@ where one will do.
 
 _DECODE = "tests/ops/test_hopper.py::test_kernels[{}]"
 _PLAN = "tests/ops/test_hopper.py::test_shares_cover_every_page_once"
+_CUTS = (
+  "tests/ops/test_hopper.py::test_the_cuts_of_a_segment_share_its_heads"
+)
 _SUITE = "tests/conformance/test_hopper.py::{}"
 _PREFILL = "tests/ops/test_hopper_prefill.py::{}"
 _MIXED = _PREFILL.format("test_mixed_batch_with_unaligned_starts")
@@ -66,8 +69,8 @@ MUTANTS = {
   ),
   "merge: query rows not where they were copied to": (
     "hopper_merge.py",
-    "at += hopper_fetch.row_shift(c, row) + head",
-    "at += head",
+    "at = j * c.token_rows + hopper_fetch.row_shift(c, row)",
+    "at = j * c.token_rows",
     _DECODE.format("rows off groups of 8"),
   ),
   # Decode: dead V, results.
@@ -110,32 +113,32 @@ MUTANTS = {
   # Decode: merge.
   "merge: partials beyond the last count": (
     "hopper_merge.py",
-    "jnp.where(k < count, lse_ref[part, at + h], -jnp.inf)",
-    "lse_ref[part, at + h]",
+    "lse = [jnp.where(start + k < count, x, -jnp.inf) for x in lse]",
+    "lse = list(lse)",
     _DECODE.format("split segments"),
   ),
   "merge: partials weigh the same": (
     "hopper_merge.py",
-    "w = [jnp.exp2(one[h] - safe[h]) for h in range(heads)]",
-    "w = [jnp.where(one[h] == -jnp.inf, 0.0, 1.0) for h in range(heads)]",
+    "w = [jnp.exp2(x - y) for x, y in zip(lse, shift, strict=True)]",
+    "w = [jnp.where(x == -jnp.inf, 0.0, 1.0) for x in lse]",
     _DECODE.format("split segments"),
   ),
   "merge: earlier outputs keep their scale": (
     "hopper_merge.py",
-    "acc = acc * spread(alpha)",
+    "acc = acc * self._spread(alpha)",
     "acc = acc * 1.0",
     "tests/ops/test_hopper.py::test_many_partials_are_merged",
   ),
   "merge: earlier weights keep their scale": (
     "hopper_merge.py",
-    "l = [l[h] * alpha[h] for h in range(heads)]",
-    "l = [l[h] * 1.0 for h in range(heads)]",
+    "l = [x * y for x, y in zip(l, alpha, strict=True)]",
+    "l = list(l)",
     "tests/ops/test_hopper.py::test_many_partials_are_merged",
   ),
   "merge: another head's sink": (
     "hopper_merge.py",
-    "sinks_ref[0][first + h]",
-    "sinks_ref[0][h]",
+    "sinks[first + h]",
+    "sinks[h]",
     _DECODE.format("split segments"),
   ),
   "merge: empty rows are not 0": (
@@ -146,9 +149,45 @@ MUTANTS = {
   ),
   "merge: tokens that no row owns are not 0": (
     "hopper_merge.py",
-    "(x >= used) & (x < inputs.num_tokens)",
-    "(x > used) & (x < inputs.num_tokens)",
+    "unowned = inputs.num_tokens - used",
+    "unowned = inputs.num_tokens - used - 1",
     _DECODE.format("few tokens"),
+  ),
+  "merge: tokens that no row owns get sinks": (
+    "hopper_merge.py",
+    "heads.empty(used + i, owned=False)",
+    "heads.empty(used + i)",
+    _CUTS,
+  ),
+  "merge: all cuts of a segment do the same heads": (
+    "hopper_merge.py",
+    "helper += (place - first_cta - 1) * parts",
+    "helper += 0",
+    _CUTS,
+  ),
+  "merge: heads that no cut does": (
+    "hopper_merge.py",
+    "helpers = (count - 1) * parts",
+    "helpers = count * parts",
+    _CUTS,
+  ),
+  "merge: heads that fill no group": (
+    "hopper_merge.py",
+    "pl.when(piece == pieces - 1)",
+    "pl.when(piece == pieces)",
+    _DECODE.format("an odd group"),
+  ),
+  "merge: row blocks as the first one": (
+    "hopper_merge.py",
+    "token = sequence[hopper_plan.QUERY_START] + block * c.block_tokens",
+    "token = sequence[hopper_plan.QUERY_START]",
+    _CUTS,
+  ),
+  "merge: rows of another CTA's partials": (
+    "hopper_merge.py",
+    "base = first_cta + b * c.segments + segment",
+    "base = first_cta + segment",
+    _DECODE.format("split segments"),
   ),
   # Decode: plan.
   "plan: shares too small": (

@@ -19,6 +19,7 @@ from paged_jax.ops.backend.launch import (
   draw,
   each_warp,
   mosaic_call,
+  prefetch_if,
   set_max_registers,
   start_next_kernel,
   wait_for_previous_kernel,
@@ -49,7 +50,7 @@ from paged_jax.ops.backend.triton import (
 __all__ = [
   "blocked", "compute_capability", "compute_now", "copy_if", "counter", "dot",
   "draw", "each_warp", "exp2", "load", "load_blocks", "matmul", "matmul_add",
-  "mosaic", "mosaic_call", "rescale", "set_max_registers",
+  "mosaic", "mosaic_call", "prefetch_if", "rescale", "set_max_registers",
   "start_next_kernel", "store", "store_block", "store_rows", "tiled",
   "triton_call", "wait_for_previous_kernel", "wait_if", "zero_dead_rows",
 ]

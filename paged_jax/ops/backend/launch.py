@@ -133,6 +133,16 @@ def copy_if(
     mosaic.barrier_arrive(barrier)
 
 
+def prefetch_if(live: Any, source: Any, interpret: bool) -> None:
+  """Asks L2 for what a copy will bring, if `live`; a hint, which may be early.
+
+  What an earlier kernel still writes there is seen all the same, for it writes
+  to L2; and what lies outside of the array is not asked for.
+  """
+  if not interpret:
+    mosaic.async_prefetch(source, predicate=live)
+
+
 def _evict_first(condition: Any) -> None:
   """Gives the copy that was just emitted a hint to L2, if `condition` != 0.
 
