@@ -60,6 +60,8 @@ def mosaic_call(
     scratch_types=tuple(scratch),
     compiler_params=mosaic.CompilerParams(
       approx_math=True,
+      # Rows are reduced within a warp, as WGMMA lays them out.
+      reduction_scratch_bytes=0,
       # The default differs between versions.
       lowering_semantics=mosaic.LoweringSemantics.Lane,
     ),
