@@ -131,8 +131,10 @@ def run(
         group = [
           _cell(shape, name) for name in names or default_names(shape)
         ]
-        limit_us = ceilings[shape.dtype].limit_us(shape.bytes, shape.flops)
-        effort = efforts[shape.phase].of(limit_us)
+        limits, work = ceilings[shape.dtype], (shape.bytes, shape.flops)
+        effort = efforts[shape.phase].of(
+          limits.limit_us(*work), cool=limits.heats(*work)
+        )
         jobs[shape] = group, {}, effort
         if shape.phase != "write":
           ours = [c for c in group if c.implementation not in peers.NAMES]

@@ -32,6 +32,7 @@ FAILED = ("wrong", "failed")
 # The truth is run once: trying many matmul algorithms on it is wasted.
 _MOST_ROUNDS = 100
 _LONGEST_US = 8e3  # of a timed program of more than two layers
+_COOL_US = 3e3  # likewise, where more would reach the power limit
 _QUICK = {"xla_gpu_autotune_level": 0}
 
 
@@ -90,9 +91,13 @@ class Effort:
   def layers(self, shape: shapes.Shape) -> int:  # L
     return programs.pool_layers(shape, self.cold_bytes, self.most_layers)
 
-  def of(self, limit_us: float) -> "Effort":
-    """Returns it with fewer steps where a layer takes at least `limit_us`."""
-    steps = min(self.steps, int(max(_LONGEST_US / limit_us, 2)))
+  def of(self, limit_us: float, cool: bool = False) -> "Effort":
+    """Returns it with fewer steps where a layer takes at least `limit_us`.
+
+    cool: whether the GPU is to stay below its power limit; see `timing`.
+    """
+    longest = _COOL_US if cool else _LONGEST_US
+    steps = min(self.steps, int(max(longest / limit_us, 2)))
     layers = min(self.most_layers, steps)  # else a program visits a part only
     return dataclasses.replace(self, steps=steps, most_layers=layers)
 

@@ -19,8 +19,8 @@ never idles, does not notice.
 A GPU that multiplies for longer than some 20 ms reaches its power limit and
 lowers its clocks, by a tenth and more and never twice by as much: what is
 compared would be the order of the samples. So where much is multiplied (`cool`,
-see `Ceilings.heats`) samples are short and the GPU rests after each, as it does
-while the ceilings are measured.
+see `Ceilings.heats`) samples are short, of programs of a few ms, and the GPU
+rests after each, as it does while the ceilings are measured.
 """
 
 import collections

@@ -229,6 +229,7 @@ def test_long_layers_get_short_programs_that_visit_all_of_the_pool():
   long = effort.of(3e3)
   assert (long.steps, long.layers(shape)) == (2, 2)
   assert not long.takes_first(shape)
+  assert (effort.of(500.0).steps, effort.of(500.0, cool=True).steps) == (8, 6)
 
 
 def test_what_multiplies_much_is_timed_cool():
