@@ -3,7 +3,8 @@
 It runs ahead of the computing ones by `stages` tiles: waits until a slot is
 free, then copies the live pages of a tile there, K first. Page ids are read one
 tile ahead, so that their latency hides behind the wait; the first ones while an
-earlier kernel still runs. Each slot has a barrier that counts copies (and their
+earlier kernel still runs. Before all else it asks L2 for some tiles, more than
+there are slots for: memory is idle when a kernel begins. Each slot has a barrier that counts copies (and their
 bytes) and one that counts readers done.
 """
 
@@ -44,7 +45,7 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
     return pool.at[index, pl.ds(lax.rem(position, jnp.int32(p)), step)]
 
   def begin(b, position, segment, high, share):
-    """Asks L2 for a part of the share, while others are still asking."""
+    """Asks L2 for the first tiles of a share, and waits for earlier kernels."""
     layer = layer_ref[0]
     bundle = lax.div(segment, jnp.int32(c.row_blocks))
     ahead = lax.div(share, jnp.int32(hopper_tuning.PART_AHEAD * c.tokens))

@@ -20,20 +20,26 @@ from tests.lowering import cuda, test_hopper
 pytestmark = pytest.mark.slow
 
 # Bytes that a kernel stores or loads, the greater one: `paged_prefill`, and of
-# the batch-invariant row `paged_decode`; with jax 0.11.2 and the ptxas of
+# rows with many rows a head `paged_decode`; with jax 0.11.2 and the ptxas of
 # nvidia-cuda-nvcc-cu12 12.9. Other kernels spill nothing.
 KNOWN = {
   "gemma3-12b_pre_b2_c8192_p64_qfull_const": 84,
+  "qwen2.5-0.5b_pre_b4_c4096_p16_qfull_const": 108,
+  "prefill, G=7 H=64": 108,
+  "prefill, G=71": 144,
   "prefill, G=3 f16 H=80 p=8": 80,
   "prefill, H=192 p=256": 180,
   "prefill, H=256 p=64": 84,
   "prefill, G=128 p=128": 60,
+  "prefill, mixed, G=7 H=64": 168,
   "prefill, mixed, G=1 H=96": 12,
   "prefill, mixed, H=192": 276,
   "prefill, mixed, H=256": 160,
+  "shared, H=64, many tokens": 384,
   "shared, G=7 H=192": 276,
   "shared, H=256, few tokens": 100,
   "batch_invariant, few tokens, many rows": 8,
+  "whole, many rows": 4,
 }
 
 _SHAPES = {

@@ -101,7 +101,10 @@ def wait_for_previous_kernel(interpret: bool) -> None:
 
 
 def start_next_kernel(interpret: bool) -> None:
-  """Lets the next kernel be launched now, if it waits as above."""
+  """Lets the next kernel be launched now, if it waits as above.
+
+  In a CUDA graph, as XLA makes them, it is launched when this one has ended.
+  """
   if not interpret:
     mosaic.griddepcontrol_launch_dependents()
 
