@@ -4,8 +4,8 @@ It runs ahead of the computing ones by `stages` tiles: waits until a slot is
 free, then copies the live pages of a tile there, K first. Page ids are read one
 tile ahead, so that their latency hides behind the wait; the first ones while an
 earlier kernel still runs. Before all else it asks L2 for some tiles, more than
-there are slots for: memory is idle when a kernel begins. Each slot has a barrier that counts copies (and their
-bytes) and one that counts readers done.
+there are slots for: memory is idle when a kernel begins. Each slot has a
+barrier that counts copies (and their bytes) and one that counts readers done.
 """
 
 from jax import lax
