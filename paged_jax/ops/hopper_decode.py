@@ -213,7 +213,7 @@ def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
   """Calls `body` for each stretch of this CTA's share of the line.
 
   begin(b, position, segment, high, share) -> carry, for the first stretch,
-  whose sequence ends before position `high`, of `share` positions in all;
+  which ends at `high` at the latest; share: positions of all of them, about;
   body(stretch, carry) -> carry;
   ahead: whether a sequence's plan is read before the stretch that precedes it,
   which costs registers; without, `next_begin` of a stretch is not set.

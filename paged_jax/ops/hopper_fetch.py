@@ -3,8 +3,8 @@
 It runs ahead of the computing ones by `stages` tiles: waits until a slot is
 free, then copies the live pages of a tile there, K first. Page ids are read one
 tile ahead, so that their latency hides behind the wait; the first ones while an
-earlier kernel still runs. Before all else it asks L2 for some tiles, more than
-there are slots for: memory is idle when a kernel begins. Each slot has a
+earlier kernel still runs. Before all else it asks L2 for the first tile, or a
+sixteenth of its share: memory is idle when a kernel begins. Each slot has a
 barrier that counts copies (and their bytes) and one that counts readers done.
 """
 
@@ -46,7 +46,7 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
 
   def begin(b, position, segment, high, share):
     """Asks L2 for the first tiles of a share, and waits for earlier kernels."""
-    layer = layer_ref[0]
+    layer = layer_ref[0]  # may be an old one: a hint only, read again below
     bundle = lax.div(segment, jnp.int32(c.row_blocks))
     ahead = lax.div(share, jnp.int32(hopper_tuning.PART_AHEAD * c.tokens))
     tiles = []

@@ -8,8 +8,8 @@ its CTAs, 1 us a thousand. So there are few, a number for each cut of the line
 of work (hopper_plan.py); the cuts of one segment share its heads:
 
     line   |    segment 0    |    segment 1    |    segment 2    |
-    cuts         |       |       |       |       |       |       |
-                 all     half    half    all     all of their segment's heads
+    cuts              |          |          |          |
+                     all       half       half        all of its heads
 
 or, if that is less, for each segment. A group of heads is as many as fill the
 128 lanes of a CTA. Rows without keys get their zeros here, and tokens that no
@@ -54,14 +54,14 @@ def merge(
   c = work.config
   sinks = () if inputs.sinks is None else (inputs.sinks,)
   groups = c.heads // hopper_tuning.merged_heads(c.width)
-  by_cut = work.num_ctas, -(-groups // _TOGETHER)
-  by_segment = inputs.num_sequences * c.segments, c.block_tokens * groups
-  cuts = c.cut == hopper_tuning.EQUAL
-  cuts &= math.prod(by_cut) < math.prod(by_segment)
+  of_cuts = work.num_ctas, -(-groups // _TOGETHER)
+  of_segments = inputs.num_sequences * c.segments, c.block_tokens * groups
+  by_cut = c.cut == hopper_tuning.EQUAL
+  by_cut &= math.prod(of_cuts) < math.prod(of_segments)
   kernel = backend.mosaic_call(
-    functools.partial(_kernel, inputs, c, cuts, interpret),
+    functools.partial(_kernel, inputs, c, by_cut, interpret),
     name="paged_decode_merge",
-    grid=by_cut if cuts else by_segment,
+    grid=of_cuts if by_cut else of_segments,
     grid_names=("place", "part"),
     out_shape=(),
     scratch=(),
@@ -82,7 +82,7 @@ def merge(
   return out.reshape(T, N, c.width)[..., :H], out_lse
 
 
-def _kernel(inputs, c, cuts, interpret, *refs):
+def _kernel(inputs, c, by_cut, interpret, *refs):
   partial_ref, partial_lse_ref, ctas_ref, sequences_ref, *sinks_ref = refs[:-2]
   place, part = lax.axis_index("place"), lax.axis_index("part")
   places, parts = lax.axis_size("place"), lax.axis_size("part")
@@ -91,7 +91,7 @@ def _kernel(inputs, c, cuts, interpret, *refs):
     return [sequences_ref[b, i] for i in range(hopper_plan.ITEMS + 1)]
 
   # The plan is older than any kernel that may still run: read it ahead.
-  if cuts:
+  if by_cut:  # an idle CTA's share begins behind all segments, at item 0
     row = [ctas_ref[place, i] for i in range(4 + hopper_plan.ITEMS + 1)]
     _, b, segment, item, *sequence = row
   else:
@@ -106,7 +106,7 @@ def _kernel(inputs, c, cuts, interpret, *refs):
     count = lax.div(jnp.maximum(begin + items - 1, 0), each) - first_cta + 1
     base = first_cta + b * c.segments + segment
   split, helper, helpers = count > 1, part, jnp.int32(parts)
-  if cuts:
+  if by_cut:  # no cut is inside the share of a segment's first CTA
     split = item > 0
     helper += (place - first_cta - 1) * parts
     helpers = (count - 1) * parts

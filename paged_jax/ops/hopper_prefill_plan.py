@@ -154,21 +154,21 @@ def choose(
   mixed = num_tokens is not None and _UNEVEN * num_tokens <= longest
   if overrides.get("narrow", mixed and g.window is None and heads <= 8):
     kinds = ((tokens // consumers, heads), *kinds)
-  # What a turn takes besides products and exponentials it takes whatever its
-  # length; where heads are small that is much. Windows are short themselves.
-  wide = H == 64 and g.window is None
-  tile = overrides.get("tile", 256 if wide else 128 if H <= 128 else 64)
+  # A turn has a fixed cost besides its products and exponentials, which is much
+  # where heads are small: longer turns. Windows are short themselves.
+  tile = 256 if H == 64 and g.window is None else 128 if H <= 128 else 64
+  tile = overrides.get("tile", tile)
   columns = overrides.get("columns", {192: 96, 256: 64}.get(H, H))
   query_slots = overrides.get("query_slots", 1)
   fixed = rows * (query_slots * H + columns) * 2 + _RESERVED
   most = (_SMEM_BYTES - fixed) // (2 * tile * H * 2)
   # 128 threads fetch: a + 2 b is what the register file has for 384 threads.
   registers = (40, 232) if H > 80 and len(kinds) == 1 else (56, 224)
-  if wide:
+  if tile > 128:
     registers = (24, 240)
   return Config(
     tile=tile,
-    stages=overrides.get("stages", 2 if wide else min(most, 4)),
+    stages=overrides.get("stages", min(most, 2 if tile > 128 else 4)),
     step=min(p, tile),
     consumers=consumers,
     kinds=kinds,
@@ -178,7 +178,7 @@ def choose(
     query_in_registers=min(H, 128),
     # Tiles of 128 tokens, where prompts begin, see some of every part.
     part=overrides.get(
-      "part", 64 if packed and tokens <= 64 else min(tile, 128)
+      "part", 64 if packed and tokens <= 64 else math.gcd(tile, 128)
     ),
     lazy=overrides.get("lazy", H > 128),
   )

@@ -25,7 +25,7 @@ from typing import Any
 from paged_jax.ops.plan import Geometry
 
 _SMEM_BYTES = 227 * 1024  # what a CTA may take on sm_90
-_RESERVED = 4096  # barriers, reduction scratch, what the driver takes
+_RESERVED = 4096  # barriers, what the driver takes
 _SMS = 132  # H100; a guess is enough for the rule
 _SM_BYTES = 23e3  # of K and V that an SM gets in a us when all are busy
 _IN_FLIGHT = 64 * 1024  # bytes of K and V that an SM waits for; more is slower

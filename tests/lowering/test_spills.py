@@ -20,7 +20,7 @@ from tests.lowering import cuda, test_hopper
 pytestmark = pytest.mark.slow
 
 # Bytes that a kernel stores or loads, the greater one: `paged_prefill`, and of
-# rows with many rows a head `paged_decode`; with jax 0.11.2 and the ptxas of
+# the last two `paged_decode`; with jax 0.11.2 and the ptxas of
 # nvidia-cuda-nvcc-cu12 12.9. Other kernels spill nothing.
 KNOWN = {
   "gemma3-12b_pre_b2_c8192_p64_qfull_const": 84,

@@ -262,12 +262,19 @@ def test_kernels(name):
 
 
 @needs_interpreter
-def test_the_cuts_of_a_segment_share_its_heads(monkeypatch):
-  """Six partials, three, and two; rows without keys, tokens without a row."""
-  monkeypatch.setattr(hopper, "_INTERPRETED_CTAS", 16)
+@pytest.mark.parametrize(
+  "num_ctas, lengths",
+  [
+    (16, (330, 130, 0, 50)),  # 5, 3 and 2 partials a segment
+    pytest.param(48, (330, 30, 0, 9), marks=pytest.mark.slow),  # up to 21
+  ],
+)
+def test_the_cuts_of_a_segment_share_its_heads(monkeypatch, num_ctas, lengths):
+  """Rows without keys and tokens without a row are among them."""
+  monkeypatch.setattr(hopper, "_INTERPRETED_CTAS", num_ctas)
   made = data.problem(
-    60, lengths=(330, 130, 0, 50), query_lengths=(6, 1, 1, 2), T=12,
-    max_query_length=6, N=32, K=1, H=64, p=16, dtype=jnp.bfloat16, sinks=True,
+    60, lengths=lengths, query_lengths=(6, 1, 1, 2), T=12, max_query_length=6,
+    N=32, K=1, H=64, p=16, dtype=jnp.bfloat16, sinks=True,
   )
   data.assert_right(made, *data.call(made, "hopper"))
 
