@@ -155,8 +155,11 @@ def choose(
   if overrides.get("narrow", mixed and g.window is None and heads <= 8):
     kinds = ((tokens // consumers, heads), *kinds)
   # A turn has a fixed cost besides its products and exponentials, which is much
-  # where heads are small: longer turns. Windows are short themselves.
-  tile = 256 if H == 64 and g.window is None else 128 if H <= 128 else 64
+  # where heads are small: longer turns. Not for windows, short themselves, nor
+  # for tiny pages: 32 copies a tile, whose page ids the fetching warps spill.
+  tile = 128 if H <= 128 else 64
+  if H == 64 and p >= 16 and g.window is None:
+    tile = 256
   tile = overrides.get("tile", tile)
   columns = overrides.get("columns", {192: 96, 256: 64}.get(H, H))
   query_slots = overrides.get("query_slots", 1)
