@@ -125,7 +125,7 @@ def _kernel(inputs, c, by_cut, interpret, *refs):
     last = c.heads // heads.number - 1
     pieces = last // together + 1
 
-    def one(i, _):
+    def one(i):
       j, piece = _divmod(i, pieces)
       row = hopper_fetch.query_row(inputs, c, token + j, bundle)
       at = j * c.token_rows + hopper_fetch.row_shift(c, row)
@@ -162,7 +162,7 @@ def _kernel(inputs, c, by_cut, interpret, *refs):
   pl.when(split & few)(lambda: merge_groups(_TOGETHER, add_few))
   pl.when(split & jnp.logical_not(few))(lambda: merge_groups(1, add_many))
 
-  def without_keys(b, _):
+  def without_keys(b):
     sequence = sequence_of(b)
     start, queries = (
       sequence[i] for i in (hopper_plan.QUERY_START, hopper_plan.QUERY_LENGTH)
@@ -180,7 +180,7 @@ def _kernel(inputs, c, by_cut, interpret, *refs):
     used = last[hopper_plan.QUERY_START] + last[hopper_plan.QUERY_LENGTH]
     unowned = inputs.num_tokens - used
     _share(
-      unowned, number, ctas, lambda i, _: heads.empty(used + i, owned=False)
+      unowned, number, ctas, lambda i: heads.empty(used + i, owned=False)
     )
 
 
@@ -291,9 +291,9 @@ class _Heads:
 
 
 def _share(total, helper, helpers, do):
-  """Calls do(i, None) for i = helper, helper + helpers, ... below `total`."""
+  """Calls do(i) for i = helper, helper + helpers, ... below `total`."""
   mine = lax.div(total - helper + helpers - 1, jnp.int32(helpers))
-  lax.fori_loop(0, mine, lambda i, _: do(helper + i * helpers, None), None)
+  lax.fori_loop(0, mine, lambda i, _: do(helper + i * helpers), None)
 
 
 def _divmod(x, y):

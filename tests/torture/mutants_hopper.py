@@ -5,7 +5,7 @@ where one will do.
 """
 
 _DECODE = "tests/ops/test_hopper.py::test_kernels[{}]"
-_PLAN = "tests/ops/test_hopper.py::test_shares_cover_every_page_once"
+_PLAN = "tests/ops/test_hopper_plan.py::test_shares_cover_every_page_once"
 _CUTS = (
   "tests/ops/test_hopper.py::test_the_cuts_of_a_segment_share_its_heads[16-"
   "lengths0]"
