@@ -97,13 +97,12 @@ def attend(
         num_arrivals=blocks * max(heads for _, heads in c.kinds),
         num_barriers=c.query_slots,
       ),
-      barrier(num_arrivals=c.consumers, num_barriers=c.query_slots),
-      barrier(num_arrivals=c.copies, num_barriers=c.stages),
-      barrier(num_arrivals=c.copies, num_barriers=c.stages),
-      barrier(num_arrivals=c.consumers, num_barriers=c.stages),
-      barrier(num_arrivals=c.consumers, num_barriers=c.stages),
+      barrier(num_arrivals=c.copies, num_barriers=2 * c.stages),
+      barrier(
+        num_arrivals=c.consumers,
+        num_barriers=c.query_slots + 2 * c.stages + 1,
+      ),
       barrier(num_barriers=c.consumers),
-      barrier(num_arrivals=c.consumers),
       *hopper_prefill_items.scratch(c),
     ),
     num_warpgroups=c.consumers + 1,
@@ -137,8 +136,15 @@ def _kernel(inputs, c, num_ctas, interpret, *refs):
   sinks_ref = None
   if inputs.sinks is not None:
     sinks_ref, *refs = refs
-  out_ref, lse_ref, q_smem, k_smem, v_smem, o_smem, *barriers = refs
-  barriers, claims = barriers[:-3], barriers[-3:]
+  out_ref, lse_ref, q_smem, k_smem, v_smem, o_smem, *refs = refs
+  q_full, full, done, turns, *claims = refs
+  k_full, v_full = backend.split_barriers(full, c.stages, c.stages)
+  q_free, k_free, v_free, v_clean = backend.split_barriers(
+    done, c.query_slots, c.stages, c.stages, 1
+  )
+  barriers = (
+    q_full, q_free, k_full, v_full, k_free, v_free, turns, v_clean.at[0]
+  )
   wg = lax.axis_index("wg")
   backend.wait_for_previous_kernel(interpret)
   backend.start_next_kernel(interpret)

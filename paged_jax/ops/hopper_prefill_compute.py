@@ -3,7 +3,8 @@
 For each unit of an item (hopper_prefill_units.py), in base-2 logarithms:
 
     s = q k^T                   then the turn is passed on
-    m' = max(m, max s)          masked to -inf, where some row does not see all
+    m' = max s, where that is above m + 8, else m
+                                masked to -inf, where some row does not see all
     p = 2^(s - m'), a = 2^(m - m'),  l' = a l + sum p,  acc = a acc
     take the turn on the tensor cores
     acc += p v
@@ -12,13 +13,19 @@ so a turn is p v of one unit and q k^T of the next (where an item begins or
 ends, one of the two), while another warpgroup has softmax to do. s and acc live
 in registers in the layout of WGMMA's results, 64 rows, 16 a warp.
 
-Where acc is large (`lazy`) m follows the maximum with some slack, so that p may
-reach 2^8: then a is 1 after the first few tiles, and acc is left alone. A row's
-m depends on no other row. A warpgroup without rows in an item keeps step.
+m follows the maximum with some slack, so that p may reach 2^8: then a is 1
+after the first few tiles, and acc is left alone. A row's m depends on no other
+row. l is kept in 8 parts, so that a row's threads need not meet for each unit.
+Where softmax is long beside a turn (heads of 64), p v begins with the first
+columns and the weights of the last ones (`late`) are computed meanwhile.
+
+A warpgroup without rows in an item keeps step.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 from jax import lax
 from jax.experimental import pallas as pl
@@ -34,6 +41,7 @@ from paged_jax.ops import hopper_prefill_plan as plan
 from paged_jax.ops.backend import mosaic
 
 _LOG2E = math.log2(math.e)
+_PARTS = 8  # parts of a row's denominator
 _SLACK = 8.0  # see above; 2^8 is far from what float16 overflows at
 
 
@@ -83,6 +91,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
         mosaic.barrier_wait(v_clean)
 
     def one_unit(i, carry, stretch):
+      acc, m, l = carry
       width, masked = stretch.width, stretch.masked
       unit = units.unit(i, width)
       position, slot = unit.position, slot_of(unit.tile)
@@ -110,13 +119,17 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
         logits = hopper_softmax.soft_cap(logits, inputs.scale, inputs.soft_cap)
         factor = _LOG2E
       if masked:
-        seen = _seen(
-          inputs, logits.shape, at + token, position, length - position
-        )
-        logits = jnp.where(seen, logits, -jnp.inf)
-      p, (acc, m, l) = _softmax(
-        c, interpret, logits, factor, masked, dtype, carry
-      )
+        low, high = _seen(inputs, at + token, position, length - position)
+        logits = backend.mask_columns(logits, low, high, interpret)
+      scores = _score(logits, factor, m, masked)
+      early = width - min(c.late, width - 64)
+      p = scores.weights(0, early)
+      l = l * _across(scores.alpha, _PARTS) + _sum(p)
+      p = p.astype(dtype)
+      acc = backend.rescale(acc, scores.alpha, interpret)
+      if c.settle:
+        backend.compute_now(p, interpret)
+      acc, l, p = lax.optimization_barrier((acc, l, p))
 
       def v_ready():
         mosaic.barrier_wait(v_full.at[slot])
@@ -125,9 +138,17 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
 
       _when(unit.opens, v_ready)
       take_turn()
-      acc = backend.matmul_add(acc, p, v, interpret, meanwhile=prepare_next)
+      first = v if early == width else v.at[pl.ds(0, early)]
+      acc = backend.start_matmul_add(acc, p, first, interpret)
+      if early < width:
+        p = scores.weights(early, width)
+        l += _sum(p)
+        last = v.at[pl.ds(early, width - early)]
+        acc = backend.start_matmul_add(acc, p.astype(dtype), last, interpret)
+      prepare_next()
+      acc = backend.finish_matmul_add(acc, interpret)
       _when(unit.closes, lambda: mosaic.barrier_arrive(v_free.at[slot]))
-      return acc, m, l
+      return acc, scores.m, l
 
     def one_unit_without_rows(i, _, stretch):
       unit = units.unit(i, stretch.width)
@@ -169,7 +190,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
       carry = (
         full((64, H), 0.0, mosaic.Layout.WGMMA),
         full((64,), -jnp.inf, by_row),
-        full((64,), 0.0, by_row),
+        full((64, _PARTS), 0.0, mosaic.Layout.WGMMA),
       )
       for stretch in units.stretches():
         one = functools.partial(one_unit, stretch=stretch)
@@ -200,30 +221,37 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
   mosaic.wait_smem_to_gmem(0)
 
 
-def _softmax(c, interpret, logits, factor, masked, dtype, carry):
-  """Returns the weights of a unit's values, and the carry that goes with them.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Scores:
+  """Base-2 logits of a unit, float32 [64, width], when times `factor`."""
 
-  logits: float32 [64, width], base-2 logarithms when times `factor`.
-  masked: whether some are -inf.
-  """
-  acc, m, l = carry
+  logits: Any
+  factor: float
+  m: Any  # what weights are relative to, [64], -inf before something is seen
+  shift: Any  # m, or 0
+  alpha: Any  # what weights of units before are to be times
+
+  def weights(self, first: int, last: int) -> Any:
+    """Returns those of columns first .. last - 1."""
+    logits = self.logits[:, first:last] * self.factor
+    return jnp.exp2(logits - _across(self.shift, last - first))
+
+
+def _score(logits, factor, m, masked):
+  """Returns the scores of a unit; `masked`: whether some may be -inf."""
   most = logits.max(axis=1) * factor
-  m_new = shift = jnp.maximum(m, most)
-  if c.lazy:
-    m_new = shift = jnp.where(most > m + _SLACK, most, m)
+  m_new = shift = jnp.where(most > m + _SLACK, most, m)
   if masked:
     shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
   alpha = jnp.exp2(m - shift)
-  p = jnp.exp2(logits * factor - _across(shift, logits.shape[1]))
-  l = l * alpha + p.sum(axis=1)
-  p = p.astype(dtype)
-  if c.lazy:
-    acc = backend.rescale(acc, alpha, interpret)
-    backend.compute_now(p, interpret)
-  else:
-    acc = acc * _across(alpha, acc.shape[1])
-    acc, l, m_new, p = lax.optimization_barrier((acc, l, m_new, p))
-  return p, (acc, m_new, l)
+  return _Scores(
+    logits=logits, factor=factor, m=m_new, shift=shift, alpha=alpha
+  )
+
+
+def _sum(p):
+  """Sums of each row's columns, [64, _PARTS]."""
+  return sum(p[:, i : i + _PARTS] for i in range(0, p.shape[1], _PARTS))
 
 
 def _finish(inputs, c, interpret, wg, item, outputs, o_smem, acc, m, l):
@@ -232,6 +260,7 @@ def _finish(inputs, c, interpret, wg, item, outputs, o_smem, acc, m, l):
   tile, kv_head = item.tile, item.kv_head
   *_, kind = plan.unpack(tile[plan.ROWS])
   token, head = _split_rows(c, wg, kind)
+  l = l.sum(axis=1)
   if sinks_ref is not None:
     acc, m, l = _add_sinks(
       inputs, c, tile, kv_head, head, sinks_ref, acc, m, l
@@ -259,22 +288,19 @@ def _split_rows(c, wg, kind):
   return row & (tokens - 1), row >> (31 - lax.clz(tokens))
 
 
-def _seen(inputs, shape, own, position, high):
-  """Which column each row sees.
+def _seen(inputs, own, position, high):
+  """Which columns each row sees: from the first number on, below the second.
 
   `own` is each row's position, `position` that of the first column; positions
   not below `high`, which counts from there, are dead.
   """
-  column = mosaic.broadcasted_iota(
-    jnp.int32, shape, 1, layout=mosaic.Layout.WGMMA
-  )
   if inputs.causal:
-    seen = column <= _across(jnp.minimum(own - position, high - 1), shape[1])
+    last = jnp.minimum(own - position + 1, high)
   else:  # tokens before position 0 see nothing
-    seen = column < _across(jnp.where(own >= 0, high, 0), shape[1])
-  if inputs.window is not None:
-    seen &= column > _across(own - position - inputs.window, shape[1])
-  return seen
+    last = jnp.where(own >= 0, high, 0)
+  if inputs.window is None:
+    return None, last
+  return own - position - (inputs.window - 1), last
 
 
 def _zero_dead_rows(c, wg, v_smem, low, high, interpret):

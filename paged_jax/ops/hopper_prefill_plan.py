@@ -63,7 +63,8 @@ class Config:
   registers: tuple[int, int]  # of a fetching thread, of a computing one
   query_in_registers: int  # columns that are held while an item lasts
   part: int  # positions of a unit where some row does not see all
-  lazy: bool  # whether the maximum is followed with slack
+  late: int  # columns of a unit whose weights are computed in its turn
+  settle: bool  # whether ptxas may not put weights off beyond a wait
   # Float32 partials of each token, by parts of the KV; 0: none, but the output.
   splits: int = 0
 
@@ -118,9 +119,9 @@ def choose(
     geometry: static facts of the call.
     num_sequences: B.
     num_tokens: T; None: unknown.
-    **overrides: to tune: tile, stages, columns, query_slots, registers, part
-      and lazy of Config; consumers, 1 or 2; `unpacked`, not to pack heads;
-      `narrow`, whether to have that kind.
+    **overrides: to tune: tile, stages, columns, query_slots, registers, part,
+      late and settle of Config; consumers, 1 or 2; `unpacked`, not to pack
+      heads; `narrow`, whether to have that kind.
 
   Raises:
     NotImplementedError: the kernel cannot do this geometry.
@@ -167,7 +168,7 @@ def choose(
   most = (_SMEM_BYTES - fixed) // (2 * tile * H * 2)
   # 128 threads fetch: a + 2 b is what the register file has for 384 threads.
   registers = (40, 232) if H > 80 and len(kinds) == 1 else (56, 224)
-  if tile > 128:
+  if tile > 128 or H > 128:
     registers = (24, 240)
   return Config(
     tile=tile,
@@ -183,7 +184,8 @@ def choose(
     part=overrides.get(
       "part", 64 if packed and tokens <= 64 else math.gcd(tile, 128)
     ),
-    lazy=overrides.get("lazy", H > 128),
+    late=overrides.get("late", 64 if H == 64 else 0),
+    settle=overrides.get("settle", H > 128),
   )
 
 

@@ -218,6 +218,23 @@ def test_narrow_tiles_change_no_bit():
 
 
 @needs_interpreter
+@pytest.mark.parametrize("H", [64, 128])
+def test_logits_that_grow(H):
+  """The maximum rises by more than its slack, from one unit to the next."""
+  p, length = 16, 700
+  made = data.problem(
+    6, query_lengths=(20,), lengths=(length,), N=2, K=1, H=H, p=p,
+    dtype=jnp.bfloat16,
+  )
+  positions = np.arange(length)
+  pages = np.asarray(made.page_table)[0, positions // p]
+  k = np.array(made.k_pages.astype(jnp.float32))
+  growth = 7 * positions / length
+  k[pages, :, positions % p] *= growth[:, None, None]
+  _check(made.replace(k_pages=jnp.asarray(k, jnp.bfloat16)))
+
+
+@needs_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "more",

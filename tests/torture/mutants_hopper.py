@@ -218,8 +218,8 @@ MUTANTS = {
   # Prefill: masks.
   "prefill: not causal": (
     "hopper_prefill_compute.py",
-    "column <= _across(jnp.minimum(own - position, high - 1), shape[1])",
-    "column <= _across(own * 0 + high - 1, shape[1])",
+    "last = jnp.minimum(own - position + 1, high)",
+    "last = own * 0 + high",
     _MIXED,
   ),
   "prefill: tiles of later keys count as whole": (
@@ -230,8 +230,8 @@ MUTANTS = {
   ),
   "prefill: no window": (
     "hopper_prefill_compute.py",
-    "seen &= column > _across(own - position - inputs.window, shape[1])",
-    "seen &= column > -99999",
+    "return own - position - (inputs.window - 1), last",
+    "return own * 0 - 99999, last",
     _VARIANT.format(1),
   ),
   "prefill: tiles before a row's window count as whole": (
@@ -290,8 +290,8 @@ MUTANTS = {
   ),
   "prefill: tokens before position 0 see keys": (
     "hopper_prefill_compute.py",
-    "column < _across(jnp.where(own >= 0, high, 0), shape[1])",
-    "column < _across(jnp.where(own >= -99, high, 0), shape[1])",
+    "last = jnp.where(own >= 0, high, 0)",
+    "last = jnp.where(own >= -99, high, 0)",
     _SUITE.format(
       "TestHopperPrefill::test_more_queries_than_keys_without_causal"
     ),
@@ -311,9 +311,27 @@ MUTANTS = {
   ),
   "prefill: earlier weights keep their scale": (
     "hopper_prefill_compute.py",
-    "l = l * alpha + p.sum(axis=1)",
-    "l = l + p.sum(axis=1)",
-    _MIXED,
+    "l = l * _across(scores.alpha, _PARTS) + _sum(p)",
+    "l = l + _sum(p)",
+    _PREFILL.format("test_logits_that_grow"),
+  ),
+  "prefill: earlier values keep their scale": (
+    "hopper_prefill_compute.py",
+    "acc = backend.rescale(acc, scores.alpha, interpret)",
+    "acc = acc + 0.0",
+    _PREFILL.format("test_logits_that_grow"),
+  ),
+  "prefill: weights of late columns not summed": (
+    "hopper_prefill_compute.py",
+    "l += _sum(p)",
+    "l += 0 * _sum(p)",
+    _PREFILL.format("test_logits_that_grow"),
+  ),
+  "prefill: late columns weighted as the first ones": (
+    "hopper_prefill_compute.py",
+    "p = scores.weights(early, width)",
+    "p = scores.weights(0, width - early)",
+    _PREFILL.format("test_logits_that_grow"),
   ),
   "prefill: LSE in units of log2": (
     "hopper_prefill_compute.py",

@@ -21,6 +21,7 @@ from paged_jax.ops.backend.launch import (
   mosaic_call,
   prefetch_if,
   set_max_registers,
+  split_barriers,
   start_next_kernel,
   wait_for_previous_kernel,
   wait_if,
@@ -28,12 +29,15 @@ from paged_jax.ops.backend.launch import (
 from paged_jax.ops.backend.layouts import blocked, tiled
 from paged_jax.ops.backend.products import (
   compute_now,
+  finish_matmul_add,
   matmul,
   matmul_add,
   rescale,
+  start_matmul_add,
 )
 from paged_jax.ops.backend.rows import (
   load_blocks,
+  mask_columns,
   store_block,
   store_rows,
   zero_dead_rows,
@@ -49,8 +53,10 @@ from paged_jax.ops.backend.triton import (
 
 __all__ = [
   "blocked", "compute_capability", "compute_now", "copy_if", "counter", "dot",
-  "draw", "each_warp", "exp2", "load", "load_blocks", "matmul", "matmul_add",
-  "mosaic", "mosaic_call", "prefetch_if", "rescale", "set_max_registers",
-  "start_next_kernel", "store", "store_block", "store_rows", "tiled",
-  "triton_call", "wait_for_previous_kernel", "wait_if", "zero_dead_rows",
+  "draw", "each_warp", "exp2", "finish_matmul_add", "load", "load_blocks",
+  "mask_columns", "matmul", "matmul_add", "mosaic", "mosaic_call",
+  "prefetch_if", "rescale", "set_max_registers", "split_barriers",
+  "start_matmul_add", "start_next_kernel", "store", "store_block", "store_rows",
+  "tiled", "triton_call", "wait_for_previous_kernel", "wait_if",
+  "zero_dead_rows",
 ]

@@ -1,6 +1,7 @@
 """The Mosaic dialect of Pallas: calls, and what orders kernels and warps."""
 
 from collections.abc import Callable, Sequence
+import itertools
 from typing import Any
 
 import jax
@@ -78,6 +79,32 @@ def each_warp(body: Callable[..., None], interpret: bool) -> None:
     body(warps=list(range(4)))
   else:
     mosaic.warp_map(lambda warp: body(warps=[warp]))
+
+
+def split_barriers(barriers: Any, *counts: int) -> list["_Part"]:
+  """Splits an array of barriers with equally many arrivals.
+
+  One array takes fewer registers than many: an address, and the phases.
+  """
+  ends = itertools.accumulate(counts)
+  return [
+    _Part(barriers, end - count)
+    for count, end in zip(counts, ends, strict=True)
+  ]
+
+
+class _Part:
+  """Some barriers of an array: `part.at[i]`."""
+
+  def __init__(self, barriers, first):
+    self._barriers, self._first = barriers, first
+
+  @property
+  def at(self):
+    return self
+
+  def __getitem__(self, i):
+    return self._barriers.at[self._first + i]
 
 
 def set_max_registers(count: int, action: str, interpret: bool) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as mosaic
 from jax.extend.mlir import ir
@@ -86,37 +85,65 @@ def matmul(
     nvvm.wgmma_commit_group_sync_aligned()
     return acc.value
 
+  product = issue(a, b, *further)
+  meanwhile()
+  return _wait(product)
+
+
+def matmul_add(acc: Any, a: Any, b: Any, interpret: bool) -> Any:
+  """Returns acc + a @ b in float32; a in registers, b [k, n] in SMEM."""
+  return finish_matmul_add(start_matmul_add(acc, a, b, interpret), interpret)
+
+
+def start_matmul_add(acc: Any, a: Any, b: Any, interpret: bool) -> Any:
+  """Issues a `matmul_add`.
+
+  Of the result further ones may be started, nothing else be done with it before
+  `finish_matmul_add`.
+  """
+  if interpret:
+    return acc + _simulated_dot(a, b[...])
+  operand = mosaic.RefType(layouts.tiled(b.shape[1], b.dtype))
+  swizzle = operand.transforms[1].swizzle
+  layout = mosaic.Layout.WGMMA
+
   @mosaic.inline_mgpu(
-    arg_types=(mosaic.Layout.WGMMA,), return_type=product_type
+    arg_types=(layout, layout, operand),
+    return_type=mosaic.ShapeDtypeStruct(acc.shape, jnp.float32, layout=layout),
+  )
+  def issue(ctx, acc, a, b):
+    del ctx
+    a = mgpu.optimization_barrier(a)
+    acc = mgpu.WGMMAAccumulator.from_registers(acc, sync=False)
+    nvvm.wgmma_fence_aligned()
+    acc = mgpu.wgmma(acc, a, b, swizzle=swizzle)
+    nvvm.wgmma_commit_group_sync_aligned()
+    return acc.value
+
+  return issue(acc, a, b)
+
+
+def finish_matmul_add(acc: Any, interpret: bool) -> Any:
+  """Waits for what was started; returns the result."""
+  return acc if interpret else _wait(acc)
+
+
+def _wait(product):
+  """Waits for all products that were issued, of which `product` is the last."""
+  layout = mosaic.Layout.WGMMA
+
+  @mosaic.inline_mgpu(
+    arg_types=(layout,),
+    return_type=mosaic.ShapeDtypeStruct(
+      product.shape, jnp.float32, layout=layout
+    ),
   )
   def wait(ctx, product):
     del ctx
     nvvm.wgmma_wait_group_sync_aligned(0)
     return mgpu.optimization_barrier(product)
 
-  product = issue(a, b, *further)
-  meanwhile()
   return wait(product)
-
-
-def matmul_add(
-  acc: Any,
-  a: Any,
-  b: Any,
-  interpret: bool,
-  meanwhile: Callable[[], None] = lambda: None,
-) -> Any:
-  """Returns acc + a @ b in float32; a in registers, b [k, n] in SMEM."""
-  if interpret:
-    product = _simulated_dot(a, b[...])
-    meanwhile()
-    return acc + product
-
-  def compute(acc_ref):
-    mosaic.wgmma(acc_ref, a, b)
-    meanwhile()
-
-  return pl.run_state(compute)(mosaic.ACC.init(acc))
 
 
 def rescale(acc: Any, factors: Any, interpret: bool) -> Any:

@@ -1,5 +1,6 @@
 """Moving rows in the layout of the tensor cores' results."""
 
+import math
 from typing import Any
 
 from jax import lax
@@ -132,6 +133,76 @@ def store_rows(
             memref.store(register, ref, place)
 
   store(ref, value, *indices)
+
+
+def mask_columns(
+  value: Any, first: Any, last: Any, interpret: bool
+) -> Any:
+  """Returns `value` with -inf in columns outside first .. last - 1.
+
+  Columns are compared as constants with limits that each thread shifts, so that
+  their numbers take no registers.
+
+  Args:
+    value: float32 [64, n] in WGMMA's layout.
+    first: int32 [64], first column of each row to keep; None: 0.
+    last: int32 [64], past the last one.
+    interpret: whether this is simulated.
+  """
+  limits = [last] if first is None else [last, first]
+  if interpret:
+    at = lax.broadcasted_iota(jnp.int32, value.shape, 1)
+    keep = at < last[:, None]
+    if first is not None:
+      keep &= at >= first[:, None]
+    return jnp.where(keep, value, -jnp.inf)
+  layout = mosaic.Layout.WGMMA
+
+  @mosaic.inline_mgpu(
+    arg_types=(layout, *[layout] * len(limits)),
+    return_type=mosaic.ShapeDtypeStruct(
+      value.shape, value.dtype, layout=layout
+    ),
+  )
+  def mask(ctx, value, *limits):
+    del ctx
+    Predicate = arith.CmpIPredicate
+    i32 = ir.IntegerType.get_signless(32)
+    fill = arith.constant(ir.F32Type.get(), -math.inf)
+    lane = arith.remui(mgpu.thread_idx(), arith.constant(i32, 4))
+    own = arith.muli(lane, arith.constant(i32, 2))  # a thread's first column
+
+    def scalar(register):
+      if isinstance(register.type, ir.VectorType):
+        return vector.extract(register, [], [0])
+      return register
+
+    shifted = {}
+
+    def limit(register):
+      if register not in shifted:
+        shifted[register] = arith.subi(scalar(register), own)
+      return shifted[register]
+
+    registers = value.registers.copy()
+    strides = value.layout.tiling.tile_strides((value.shape[1], 1))
+    for at in np.ndindex(registers.shape):
+      column = sum(i * s for i, s in zip(at, strides)) % value.shape[1]
+      for i in range(2):  # neighbouring columns that a register holds
+        number = arith.constant(i32, column + i)
+        keep = None
+        for x, holds in zip(limits, (Predicate.sgt, Predicate.sle)):
+          inside = arith.cmpi(holds, limit(x.registers[at]), number)
+          keep = inside if keep is None else arith.andi(keep, inside)
+        x = vector.extract(registers[at], [], [i])
+        x = arith.select(keep, x, fill)
+        registers[at] = vector.insert(x, registers[at], [], [i])
+    return mgpu.FragmentedArray(
+      _registers=registers, _layout=value.layout, _is_signed=None
+    )
+
+  across = [lax.broadcast_in_dim(x, value.shape, [0]) for x in limits]
+  return mask(value, *across)
 
 
 def zero_dead_rows(
