@@ -129,7 +129,6 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
       acc = backend.rescale(acc, scores.alpha, interpret)
       if c.settle:
         backend.compute_now(p, interpret)
-      acc, l, p = lax.optimization_barrier((acc, l, p))
 
       def v_ready():
         mosaic.barrier_wait(v_full.at[slot])
