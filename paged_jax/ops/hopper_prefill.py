@@ -9,8 +9,8 @@ each:
       for each KV tile:                 for each unit i:
         wait for a free slot              wait K;  s = q k_i^T
         copy K's pages                    pass the turn;  softmax of s
-        (first tile: copy the queries)    take the turn
-        copy V's pages                    wait V;  acc += p v_i
+        (first tile: copy the queries)    wait V;  take the turn
+        copy V's pages                    acc += p v_i
                                         write acc / l
 
 The consumers take turns on the tensor cores: while one has softmax to do, the

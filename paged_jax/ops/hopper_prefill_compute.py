@@ -2,9 +2,9 @@
 
 For each unit of an item (hopper_prefill_units.py), in base-2 logarithms:
 
-    s = q k^T                   then the turn is passed on
+    s = q k^T                   then the turn is passed on; masked to -inf,
+                                where some row does not see all
     m' = max s, where that is above m + 8, else m
-                                masked to -inf, where some row does not see all
     p = 2^(s - m'), a = 2^(m - m'),  l' = a l + sum p,  acc = a acc
     take the turn on the tensor cores
     acc += p v
@@ -13,9 +13,9 @@ so a turn is p v of one unit and q k^T of the next (where an item begins or
 ends, one of the two), while another warpgroup has softmax to do. s and acc live
 in registers in the layout of WGMMA's results, 64 rows, 16 a warp.
 
-m follows the maximum with some slack, so that p may reach 2^8: then a is 1
-after the first few tiles, and acc is left alone. A row's m depends on no other
-row. l is kept in 8 parts, so that a row's threads need not meet for each unit.
+m follows the maximum with some slack, so that p may reach 2^8: a is 1 after the
+first few tiles, where acc is left alone. A row's m depends on no other row. l
+is kept in 8 parts: the 4 threads of a row, 2 columns each, do not meet for it.
 Where softmax is long beside a turn (heads of 64), p v begins with the first
 columns and the weights of the last ones (`late`) are computed meanwhile.
 
@@ -227,8 +227,8 @@ class _Scores:
   logits: Any
   factor: float
   m: Any  # what weights are relative to, [64], -inf before something is seen
-  shift: Any  # m, or 0
-  alpha: Any  # what weights of units before are to be times
+  shift: Any  # m, or 0 where nothing was seen
+  alpha: Any  # factor of the weights of units before
 
   def weights(self, first: int, last: int) -> Any:
     """Returns those of columns first .. last - 1."""

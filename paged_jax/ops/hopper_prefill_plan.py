@@ -63,7 +63,7 @@ class Config:
   registers: tuple[int, int]  # of a fetching thread, of a computing one
   query_in_registers: int  # columns that are held while an item lasts
   part: int  # positions of a unit where some row does not see all
-  late: int  # columns of a unit whose weights are computed in its turn
+  late: int  # columns of a unit whose weights are computed in its turn: 64 n
   settle: bool  # whether ptxas may not put weights off beyond a wait
   # Float32 partials of each token, by parts of the KV; 0: none, but the output.
   splits: int = 0
@@ -167,6 +167,7 @@ def choose(
   fixed = rows * (query_slots * H + columns) * 2 + _RESERVED
   most = (_SMEM_BYTES - fixed) // (2 * tile * H * 2)
   # 128 threads fetch: a + 2 b is what the register file has for 384 threads.
+  # Where the computing ones hold the most, the fetching ones get the least.
   registers = (40, 232) if H > 80 and len(kinds) == 1 else (56, 224)
   if tile > 128 or H > 128:
     registers = (24, 240)
@@ -185,6 +186,7 @@ def choose(
       "part", 64 if packed and tokens <= 64 else math.gcd(tile, 128)
     ),
     late=overrides.get("late", 64 if H == 64 else 0),
+    # Measured: mixed with what surrounds them weights gain at H 256 only.
     settle=overrides.get("settle", H > 128),
   )
 

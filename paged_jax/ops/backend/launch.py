@@ -86,6 +86,8 @@ def split_barriers(barriers: Any, *counts: int) -> list["_Part"]:
 
   One array takes fewer registers than many: an address, and the phases.
   """
+  if barriers.shape != (sum(counts),):
+    raise ValueError(f"{barriers.shape} barriers for {counts}")
   ends = itertools.accumulate(counts)
   return [
     _Part(barriers, end - count)

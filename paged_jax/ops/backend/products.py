@@ -96,10 +96,10 @@ def matmul_add(acc: Any, a: Any, b: Any, interpret: bool) -> Any:
 
 
 def start_matmul_add(acc: Any, a: Any, b: Any, interpret: bool) -> Any:
-  """Issues a `matmul_add`.
+  """Issues acc + a @ b; acc [64, n] and a [64, k] in registers, b in SMEM.
 
   Of the result further ones may be started, nothing else be done with it before
-  `finish_matmul_add`.
+  `finish_matmul_add`; until then b must stay as it is.
   """
   if interpret:
     return acc + _simulated_dot(a, b[...])
@@ -114,6 +114,7 @@ def start_matmul_add(acc: Any, a: Any, b: Any, interpret: bool) -> Any:
   def issue(ctx, acc, a, b):
     del ctx
     a = mgpu.optimization_barrier(a)
+    # None for acc, whose registers an earlier product may be writing.
     acc = mgpu.WGMMAAccumulator.from_registers(acc, sync=False)
     nvvm.wgmma_fence_aligned()
     acc = mgpu.wgmma(acc, a, b, swizzle=swizzle)

@@ -135,9 +135,7 @@ def store_rows(
   store(ref, value, *indices)
 
 
-def mask_columns(
-  value: Any, first: Any, last: Any, interpret: bool
-) -> Any:
+def mask_columns(value: Any, first: Any, last: Any, interpret: bool) -> Any:
   """Returns `value` with -inf in columns outside first .. last - 1.
 
   Columns are compared as constants with limits that each thread shifts, so that
@@ -172,16 +170,12 @@ def mask_columns(
     lane = arith.remui(mgpu.thread_idx(), arith.constant(i32, 4))
     own = arith.muli(lane, arith.constant(i32, 2))  # a thread's first column
 
-    def scalar(register):
-      if isinstance(register.type, ir.VectorType):
-        return vector.extract(register, [], [0])
-      return register
-
     shifted = {}
 
     def limit(register):
       if register not in shifted:
-        shifted[register] = arith.subi(scalar(register), own)
+        row = vector.extract(register, [], [0])  # the same in both columns
+        shifted[register] = arith.subi(row, own)
       return shifted[register]
 
     registers = value.registers.copy()
