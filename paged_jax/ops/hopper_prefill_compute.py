@@ -41,7 +41,7 @@ from paged_jax.ops import hopper_prefill_plan as plan
 from paged_jax.ops.backend import mosaic
 
 _LOG2E = math.log2(math.e)
-_PARTS = 8  # parts of a row's denominator
+_PARTS = 8  # of a row's denominator: 4 threads, 2 columns each
 _SLACK = 8.0  # see above; 2^8 is far from what float16 overflows at
 
 
@@ -122,7 +122,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
         low, high = _seen(inputs, at + token, position, length - position)
         logits = backend.mask_columns(logits, low, high, interpret)
       scores = _score(logits, factor, m, masked)
-      early = width - min(c.late, width - 64)
+      early = width - min(c.late, width - 64)  # a product takes 64 or more
       p = scores.weights(0, early)
       l = l * _across(scores.alpha, _PARTS) + _sum(p)
       p = p.astype(dtype)

@@ -63,7 +63,7 @@ class Config:
   registers: tuple[int, int]  # of a fetching thread, of a computing one
   query_in_registers: int  # columns that are held while an item lasts
   part: int  # positions of a unit where some row does not see all
-  late: int  # columns of a unit whose weights are computed in its turn: 64 n
+  late: int  # columns whose weights are computed in the turn; multiple of 64
   settle: bool  # whether ptxas may not put weights off beyond a wait
   # Float32 partials of each token, by parts of the KV; 0: none, but the output.
   splits: int = 0
@@ -186,7 +186,7 @@ def choose(
       "part", 64 if packed and tokens <= 64 else math.gcd(tile, 128)
     ),
     late=overrides.get("late", 64 if H == 64 else 0),
-    # Measured: mixed with what surrounds them weights gain at H 256 only.
+    # Measured at H 256, where it gains; at 64 and 128 it loses.
     settle=overrides.get("settle", H > 128),
   )
 

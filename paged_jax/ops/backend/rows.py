@@ -169,7 +169,6 @@ def mask_columns(value: Any, first: Any, last: Any, interpret: bool) -> Any:
     fill = arith.constant(ir.F32Type.get(), -math.inf)
     lane = arith.remui(mgpu.thread_idx(), arith.constant(i32, 4))
     own = arith.muli(lane, arith.constant(i32, 2))  # a thread's first column
-
     shifted = {}
 
     def limit(register):
