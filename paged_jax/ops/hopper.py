@@ -10,12 +10,14 @@ More, prefill: `paged_prefill` (hopper_prefill.py) walks a list of query tiles
 where the batch is mixed.
 
 A plan with `shared_prefix`: both, the prefill kernel for the pages that all
-rows begin with (hopper_shared.py).
+rows begin with (hopper_shared.py). One with `memory_order`: decode, its pages
+in another order (hopper_order.py).
 
 What no tile fits is left to `triton`.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 from typing import Any
 
@@ -25,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from paged_jax.ops import (
   hopper_decode,
   hopper_merge,
+  hopper_order,
   hopper_plan,
   hopper_prefill,
   hopper_prefill_plan,
@@ -97,6 +100,11 @@ def _attend(inputs, plan, sms, interpret):
       inputs, plan, num_ctas=sms, interpret=interpret
     )
 
+  if plan.tables:
+    inputs = dataclasses.replace(
+      inputs, k_table=plan.tables[0], v_table=plan.tables[-1]
+    )
+
   # The merge writes into what decode wrote, which vmap does not know of.
   @jax.custom_batching.sequential_vmap
   def decode(inputs, plan):
@@ -118,6 +126,7 @@ def make_plan(
   num_tokens: int | None = None,
   batch_invariant: bool = False,
   shared_prefix: bool = False,
+  memory_order: bool = False,
   least_shared: int = hopper_shared.LEAST_TOKENS,
   overrides: Mapping[str, Any] | None = None,
 ) -> Work | None:
@@ -126,6 +135,7 @@ def make_plan(
   num_tokens: T, which bounds the tiles of a prefill step and tells that a batch
     is mixed; None: unknown.
   shared_prefix: whether pages that all rows begin with are to be read once.
+  memory_order: whether decode may read a row's pages in their own order.
   least_shared: tokens; a shorter prefix counts as none.
   overrides: fields of hopper_tuning.Config in place of the table's, to tune.
 
@@ -148,7 +158,13 @@ def make_plan(
 
   try:
     if not shared_prefix:
-      return make_work(lengths)
+      work = make_work(lengths)
+      if memory_order and isinstance(work, hopper_plan.Work):
+        tables = hopper_order.in_memory_order(
+          page_table, lengths, query_starts, geometry
+        )
+        work = dataclasses.replace(work, tables=tables)
+      return work
     return hopper_shared.make_work(
       page_table,
       lengths,

@@ -118,12 +118,11 @@ def attend(
       stage,
       stage,
       barrier(num_arrivals=c.block_tokens, num_barriers=c.query_slots),
-      barrier(num_arrivals=c.consumers, num_barriers=c.query_slots),
-      barrier(num_arrivals=c.copies, num_barriers=c.stages),
-      barrier(num_arrivals=c.copies, num_barriers=c.stages),
-      barrier(num_arrivals=c.consumers, num_barriers=c.stages),
-      barrier(num_arrivals=c.consumers, num_barriers=c.stages),
-      barrier(num_arrivals=c.consumers),
+      barrier(num_arrivals=c.copies, num_barriers=2 * c.stages),
+      barrier(
+        num_arrivals=c.consumers,
+        num_barriers=c.query_slots + 2 * c.stages + 1,
+      ),
     ),
     num_warpgroups=c.consumers + 1,
     interpret=interpret,
@@ -164,7 +163,12 @@ def _kernel(inputs, c, interpret, *refs):
   shares = staging = ()
   if c.cut != hopper_tuning.WHOLE:
     shares, staging, refs = refs[:2], refs[2:4], refs[4:]
-  q_smem, k_smem, v_smem, *barriers, v_clean = refs
+  q_smem, k_smem, v_smem, q_full, full, done = refs
+  k_full, v_full = backend.split_barriers(full, c.stages, c.stages)
+  q_free, k_free, v_free, v_clean = backend.split_barriers(
+    done, c.query_slots, c.stages, c.stages, 1
+  )
+  barriers = q_full, q_free, k_full, v_full, k_free, v_free
   cta = lax.axis_index("cta")
   wg = lax.axis_index("wg")
   # The plan and the page table are older than any kernel that may still run:
@@ -205,7 +209,7 @@ def _kernel(inputs, c, interpret, *refs):
       shares,
       (q_smem.at[:, rows], k_smem, v_smem),
       tuple(x.at[rows] for x in staging),
-      (*barriers, v_clean),
+      (*barriers, v_clean.at[0]),
     )
 
 

@@ -52,11 +52,13 @@ class Work:
   line (units, or pieces) before it; items of each of its segments; units of a
   piece. A row of `ctas`: number of items; the first one's sequence, segment
   and place in the segment; and the row of that sequence, so that a CTA starts
-  after one read.
+  after one read. `tables`: those to read in place of the call's, K's and V's if
+  it has its own, or none.
   """
 
   ctas: Int[Array, "ctas 14"]
   sequences: Int[Array, "B 10"]
+  tables: tuple[Int[Array, "B M"], ...] = ()
   max_pages: int = dataclasses.field(metadata=dict(static=True))  # M
   config: hopper_tuning.Config = dataclasses.field(metadata=dict(static=True))
 

@@ -135,8 +135,9 @@ def attend(
       pl.when(jnp.logical_not(at.whole))(share)
     return ()
 
-  # With H = 256 the accumulator leaves no registers to read ahead.
-  walk(lambda *_: (), stretch, ahead=H < 256)
+  # The accumulator of H = 256 leaves no registers to read ahead, nor does a
+  # third warpgroup.
+  walk(lambda *_: (), stretch, ahead=H < 256 and c.consumers == 1)
   if shares:
     mosaic.wait_smem_to_gmem(0)
 

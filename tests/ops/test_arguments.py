@@ -200,6 +200,7 @@ BAD_PLAN = {
   "num_tokens": (dict(num_tokens=-1), r"num_tokens is -1"),
   "batch_invariant": (dict(batch_invariant=1), r"batch_invariant is 1"),
   "shared_prefix": (dict(shared_prefix="no"), r"shared_prefix is 'no'"),
+  "memory_order": (dict(memory_order=0), r"memory_order is 0"),
   "implementation": (dict(implementation="fast"), r"'fast'.*xla"),
 }
 
