@@ -102,8 +102,8 @@ def attend(
         num_arrivals=c.consumers,
         num_barriers=c.query_slots + 2 * c.stages + 1,
       ),
-      barrier(num_barriers=c.consumers),
-      *hopper_prefill_items.scratch(c),
+      barrier(num_barriers=c.consumers + hopper_prefill_items.AHEAD),
+      *hopper_prefill_items.scratch(c, interpret),
     ),
     num_warpgroups=c.consumers + 1,
     interpret=interpret,
@@ -137,10 +137,13 @@ def _kernel(inputs, c, num_ctas, interpret, *refs):
   if inputs.sinks is not None:
     sinks_ref, *refs = refs
   out_ref, lse_ref, q_smem, k_smem, v_smem, o_smem, *refs = refs
-  q_full, full, done, turns, *claims = refs
+  q_full, full, done, passed, *shared = refs
   k_full, v_full = backend.split_barriers(full, c.stages, c.stages)
   q_free, k_free, v_free, v_clean = backend.split_barriers(
     done, c.query_slots, c.stages, c.stages, 1
+  )
+  turns, item_full = backend.split_barriers(
+    passed, c.consumers, hopper_prefill_items.AHEAD
   )
   barriers = (
     q_full, q_free, k_full, v_full, k_free, v_free, turns, v_clean.at[0]
@@ -156,7 +159,8 @@ def _kernel(inputs, c, num_ctas, interpret, *refs):
     head=head_ref,
     cta=lax.axis_index("cta"),
     num_ctas=num_ctas,
-    claims=None if interpret else (backend.counter(), *claims),
+    counter=None if interpret else backend.counter(),
+    shared=(*shared, item_full),
   )
 
   @pl.when(wg == c.consumers)

@@ -25,6 +25,7 @@ A warpgroup without rows in an item keeps step.
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any
 
 from jax import lax
@@ -64,19 +65,19 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
     return mosaic.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
   def walk_item(item):
-    tile, begin, end = item.tile, item.tile[plan.BEGIN], item.tile[plan.END]
-    at, length = tile[plan.AT], tile[plan.LENGTH]
-    *_, kind = plan.unpack(tile[plan.ROWS])
-    token, _ = _split_rows(c, wg, kind)
-    units = hopper_prefill_units.Units(inputs=inputs, config=c, tile=tile)
+    begin, end = item.tile[plan.BEGIN], item.tile[plan.END]
+    units = hopper_prefill_units.Units(
+      inputs=inputs, config=c, tile=item.tile
+    )
+    stretches = units.stretches()
     q_slot = lax.rem(item.n, jnp.int32(c.query_slots))
 
     def slot_of(kv_tile):
       return lax.rem(item.done + (kv_tile - begin), jnp.int32(c.stages))
 
-    def clean(kv_tile):
+    def clean(kv_tile, tile):
       """Zeroes what is dead of V, each warpgroup its part of the rows."""
-      position = kv_tile * size
+      position, length = kv_tile * size, tile[plan.LENGTH]
       low = 0 if inputs.window is None else tile[plan.LOW]
       dead = length - position < size
       if inputs.window is not None:
@@ -107,11 +108,19 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
         def _():
           mosaic.barrier_wait(k_full.at[slot_of(unit.tile + 1)])
 
+      seen = []
+
+      def meanwhile():
+        pass_turn()
+        if masked:  # looked up again: what is held takes registers
+          tile, _ = item.again()
+          seen[:] = tile, _seen(inputs, c, wg, tile, position, interpret)
+
       logits = backend.matmul(
-        query, k, (64, width), interpret, meanwhile=pass_turn, rest=rest
+        query, k, (64, width), interpret, meanwhile=meanwhile, rest=rest
       )
       _when(unit.closes, lambda: mosaic.barrier_arrive(k_free.at[slot]))
-      if rest is not None:
+      if held < blocks:
         pl.when(unit.ends)(lambda: mosaic.barrier_arrive(q_free.at[q_slot]))
 
       factor = to_log2
@@ -119,8 +128,8 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
         logits = hopper_softmax.soft_cap(logits, inputs.scale, inputs.soft_cap)
         factor = _LOG2E
       if masked:
-        low, high = _seen(inputs, at + token, position, length - position)
-        logits = backend.mask_columns(logits, low, high, interpret)
+        tile, limits = seen
+        logits = backend.mask_columns(logits, *limits, interpret)
       scores = _score(logits, factor, m, masked)
       early = width - min(c.late, width - 64)  # a product takes 64 or more
       p = scores.weights(0, early)
@@ -133,7 +142,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
       def v_ready():
         mosaic.barrier_wait(v_full.at[slot])
         if masked:
-          clean(unit.tile)
+          clean(unit.tile, tile)
 
       _when(unit.opens, v_ready)
       take_turn()
@@ -157,7 +166,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
         mosaic.barrier_wait(k_full.at[slot])
         mosaic.barrier_wait(v_full.at[slot])
         if stretch.masked:
-          clean(unit.tile)
+          clean(unit.tile, item.again()[0])
 
       def done():
         mosaic.barrier_arrive(k_free.at[slot])
@@ -168,16 +177,23 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
       take_turn()
       pass_turn()
 
+    def walk_units(one, carry):
+      for stretch in stretches:
+        body = functools.partial(one, stretch=stretch)
+        carry = lax.fori_loop(stretch.first, stretch.last, body, carry)
+      return carry
+
     blocks, _, width = q_smem.shape[1:]
-    held = c.query_in_registers // width
-    backend.wait_if(begin < end, q_full.at[q_slot])
-    query = backend.load_blocks(
-      q_smem.at[q_slot, pl.ds(0, held)], begin < end, interpret
-    )
-    rest = None
-    if held < blocks:
+    held = c.query_in_registers // width  # of its blocks
+    backend.wait_if(begin < end, q_full.at[backend.hidden(q_slot, interpret)])
+    query, rest = q_smem.at[q_slot], None
+    if held:
+      query = backend.load_blocks(
+        q_smem.at[q_slot, pl.ds(0, held)], begin < end, interpret
+      )
+    if 0 < held < blocks:
       rest = q_smem.at[q_slot, pl.ds(held, blocks - held)]
-    else:
+    if held == blocks:
       pl.when(begin < end)(lambda: mosaic.barrier_arrive(q_free.at[q_slot]))
 
     def compute():
@@ -191,32 +207,34 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
         full((64,), -jnp.inf, by_row),
         full((64, _PARTS), 0.0, mosaic.Layout.WGMMA),
       )
-      for stretch in units.stretches():
-        one = functools.partial(one_unit, stretch=stretch)
-        carry = lax.fori_loop(stretch.first, stretch.last, one, carry)
+      carry = walk_units(one_unit, carry)
+      following = None if c.narrow else item.following()
       _finish(inputs, c, interpret, wg, item, outputs, o_smem, *carry)
+      return following
 
     def keep_step():
       """Does without rows what `compute` does for others to go on."""
       take_turn()
       pass_turn()
-      for stretch in units.stretches():
-        one = functools.partial(one_unit_without_rows, stretch=stretch)
-        lax.fori_loop(stretch.first, stretch.last, one, None)
-      if rest is not None:
+      walk_units(one_unit_without_rows, None)
+      if held < blocks:
         mosaic.barrier_arrive(q_free.at[q_slot])
 
     if not c.narrow:
-      compute()
-      return
+      return compute()
+    *_, kind = plan.unpack(item.tile[plan.ROWS])
     has_rows = wg * 64 < c.tokens_of(kind) * c.heads_of(kind)
     pl.when(has_rows)(compute)
     pl.when((begin < end) & jnp.logical_not(has_rows))(keep_step)
+    return item.following()
 
   final = c.consumers - 1
-  pl.when(wg == final)(lambda: mosaic.barrier_arrive(turns.at[0]))
+  zero = backend.hidden(jnp.int32(0), interpret)
+  pl.when(wg == final)(lambda: mosaic.barrier_arrive(turns.at[zero]))
   items.walk(walk_item)
-  pl.when(wg == 0)(take_turn)  # the last turn passed on must be seen
+  zero = backend.hidden(jnp.int32(0), interpret)
+  # The last turn passed on must be seen.
+  pl.when(wg == 0)(lambda: mosaic.barrier_wait(turns.at[zero]))
   mosaic.wait_smem_to_gmem(0)
 
 
@@ -250,15 +268,18 @@ def _score(logits, factor, m, masked):
 
 def _sum(p):
   """Sums of each row's columns, [64, _PARTS]."""
-  return sum(p[:, i : i + _PARTS] for i in range(0, p.shape[1], _PARTS))
+  return functools.reduce(
+    operator.add,
+    [p[:, i : i + _PARTS] for i in range(0, p.shape[1], _PARTS)],
+  )
 
 
 def _finish(inputs, c, interpret, wg, item, outputs, o_smem, acc, m, l):
   """Writes what an item has come to."""
   out_ref, lse_ref, sinks_ref = outputs
-  tile, kv_head = item.tile, item.kv_head
+  tile, kv_head = item.again()  # not held while it lasts
   *_, kind = plan.unpack(tile[plan.ROWS])
-  token, head = _split_rows(c, wg, kind)
+  token, head = _split_rows(c, wg, kind, interpret)
   l = l.sum(axis=1)
   if sinks_ref is not None:
     acc, m, l = _add_sinks(
@@ -279,20 +300,22 @@ def _finish(inputs, c, interpret, wg, item, outputs, o_smem, acc, m, l):
   )
 
 
-def _split_rows(c, wg, kind):
+def _split_rows(c, wg, kind, interpret):
   """Which token of the tile, and which of its heads, each row is."""
-  by_row = mosaic.Layout.WGMMA.reduce(1)
-  row = mosaic.broadcasted_iota(jnp.int32, (64,), 0, layout=by_row) + wg * 64
+  row = backend.row_numbers(interpret) + wg * 64
   tokens = c.tokens_of(kind)  # a power of two
   return row & (tokens - 1), row >> (31 - lax.clz(tokens))
 
 
-def _seen(inputs, own, position, high):
+def _seen(inputs, c, wg, tile, position, interpret):
   """Which columns each row sees: from the first number on, below the second.
 
-  `own` is each row's position, `position` that of the first column; positions
-  not below `high`, which counts from there, are dead.
+  `position` is that of the first column.
   """
+  *_, kind = plan.unpack(tile[plan.ROWS])
+  token, _ = _split_rows(c, wg, kind, interpret)
+  own = tile[plan.AT] + token  # each row's position
+  high = tile[plan.LENGTH] - position
   if inputs.causal:
     last = jnp.minimum(own - position + 1, high)
   else:  # tokens before position 0 see nothing

@@ -2,8 +2,9 @@
 
 It runs ahead of the computing ones: waits until a slot is free, then copies the
 live pages of a KV tile there, K first, then (for an item's first tile) the
-queries, then V. Page ids are read one tile ahead, beyond an item's end too (not
-where some tiles are narrow), so that their latency hides behind the wait.
+queries, then V. Page ids are read one tile ahead, beyond an item's end too, so
+that their latency hides behind the wait; or, where registers are fewest (narrow
+tiles, or tiles of 256 positions), just before it.
 """
 
 import functools
@@ -32,23 +33,25 @@ def fetch(
   K, G = inputs.num_kv_heads, inputs.group_size
   most = max(heads for _, heads in c.kinds)
   blocks, width, _ = backend.blocked(H, inputs.query.dtype)
+  # Whether page ids are read a tile ahead, where registers are left for them.
+  ahead = not c.narrow and c.tile <= 128
 
   def each(count, do):
-    """Calls do(i) for this warp's share of 0 .. count - 1."""
+    """Calls do(warp, i) for this warp's share, warp + i, of 0 .. count - 1."""
     for warp in warps:
       for i in range(0, count, 4):
         if count - i >= 4:
-          do(i + warp)
+          do(warp, i)
         else:
-          pl.when(i + warp < count)(functools.partial(do, i + warp))
-
-  def shares(count):
-    return [i + warp for warp in warps for i in range(0, count, 4)]
+          pl.when(i + warp < count)(functools.partial(do, warp, i))
 
   def pages_at(b, position):
     at = [
-      jnp.minimum(lax.div(position + j * step, jnp.int32(p)), M - 1)
-      for j in shares(c.copies)
+      jnp.minimum(
+        lax.div((position + warp * step) + i * step, jnp.int32(p)), M - 1
+      )
+      for warp in warps
+      for i in range(0, c.copies, 4)
     ]
     k = tuple(k_table[b, i] for i in at)
     return k, tuple(v_table[0][b, i] for i in at) if v_table else k
@@ -57,7 +60,8 @@ def fetch(
     first = tile[plan.TOKEN]
     _, first_head, _ = plan.unpack(tile[plan.ROWS])
 
-    def one(j):
+    def one(warp, i):
+      j = warp + i
       head = kv_head * G + jnp.minimum(first_head + j, G - 1)
       for block in range(blocks):
         columns = pl.ds(head * H + block * width, width)
@@ -67,7 +71,7 @@ def fetch(
           q_full.at[slot],
         )
 
-    def none(_):
+    def none(*_):
       for _ in range(blocks):
         mosaic.barrier_arrive(q_full.at[slot])
 
@@ -78,41 +82,45 @@ def fetch(
   def first_pages(b, begin):
     return pages_at(b, begin * c.tile)
 
-  def fetch_item(item, pages, following_b, following_begin):
+  def fetch_item(item, pages):
     tile, kv_head, done, n = item.tile, item.kv_head, item.done, item.n
     b, begin = tile[plan.SEQUENCE], tile[plan.BEGIN]
     steps = tile[plan.END] - begin
+    if ahead:
+      following_b, following_begin = item.following()
     once = None  # whether no other tile reads these keys and values
     if c.narrow:
       once = plan.unpack(tile[plan.ROWS])[2] == 0
-      # Read anew: pages kept from one item to the next are more to hold, and
-      # ptxas takes uniform registers from the products.
-      pages = first_pages(b, begin)
 
     def one_tile(i, pages):
       position = (begin + i) * c.tile
       slot = lax.rem(done + i, jnp.int32(c.stages))
-      next_b, next_position = b, position + c.tile
-      if not c.narrow:
+      if not ahead:
+        pages = next_pages = pages_at(b, position)
+      else:
         last = i + 1 == steps
-        next_b = jnp.where(last, following_b, b)
-        next_position = jnp.where(
-          last, following_begin * c.tile, next_position
+        next_pages = pages_at(
+          jnp.where(last, following_b, b),
+          jnp.where(last, following_begin * c.tile, position + c.tile),
         )
-      next_pages = pages_at(next_b, next_position)
 
       def copy(pool, smem, full, free, ids):
         ids = iter(ids)
         backend.wait_if(done + i >= c.stages, free.at[slot])
 
-        def one(j):
-          at = position + j * step
-          live = (at + step > tile[plan.LOW]) & (at < tile[plan.LENGTH])
+        def one(warp, i):
+          # What depends on the warp is added first: constants come for free.
+          at = (position + warp * step) + i * step
+          live = at < tile[plan.LENGTH]
+          if inputs.window is not None:
+            live &= at + step > tile[plan.LOW]
           index = (layer * inputs.num_pages + next(ids)) * K + kv_head
           source = pool.at[index]
           if step < p:  # a tile is part of a page
             source = pool.at[index, pl.ds(lax.rem(at, jnp.int32(p)), step)]
-          target = smem.at[slot, pl.ds(j * step, step)]
+          rest = max(c.tile - 3 * step, step)
+          target = smem.at[slot, pl.ds(warp * step, rest)]
+          target = target.at[pl.ds(i * step, step)]
           backend.copy_if(
             live, source, target, full.at[slot], interpret, once
           )
@@ -136,10 +144,14 @@ def fetch(
 
     # Items without KV tiles are listed last (hopper_prefill_plan._order,
     # hopper_shared): what this finds is the next one's.
-    return lax.fori_loop(0, steps, one_tile, pages)
+    pages = lax.fori_loop(0, steps, one_tile, pages)
+    if not ahead:
+      item.following()
+    return pages
 
   tiles, items = items.walk(fetch_item, warps, first_pages)
   # Every phase of a barrier is seen by its waiter, the last ones too.
   for free, uses in ((q_free, items), (k_free, tiles), (v_free, tiles)):
     for i in range(c.query_slots if free is q_free else c.stages):
-      backend.wait_if(uses > i, free.at[i])
+      hidden = backend.hidden(jnp.int32(i), interpret)
+      backend.wait_if(uses > i, free.at[hidden])

@@ -41,6 +41,7 @@ from paged_jax.ops.plan import Geometry
 # `BEGIN` .. `END` - 1 of sequence `SEQUENCE`. Positions below `LOW`, or from
 # `LENGTH` on, are dead.
 SEQUENCE, TOKEN, ROWS, AT, LENGTH, LOW, BEGIN, END = range(8)
+ROW = 32  # columns, the others unused: a row is copied as 128 bytes
 
 _SMEM_BYTES = 227 * 1024  # what a CTA may take on sm_90
 _LIGHT = 4  # a tile with this part of all rows, or less, is light
@@ -100,9 +101,12 @@ class Config:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-  """The list of tiles; `head` is (tiles in use, query tokens in use)."""
+  """The list of tiles; `head` is (tiles in use, query tokens in use).
 
-  tiles: Int[Array, "tiles 8"]
+  The last row stands for the tokens that no sequence owns, see `with_last`.
+  """
+
+  tiles: Int[Array, "tiles 32"]
   head: Int[Array, "2"]
   config: Config = dataclasses.field(metadata=dict(static=True))
 
@@ -157,10 +161,11 @@ def choose(
     kinds = ((tokens // consumers, heads), *kinds)
   # A turn has a fixed cost besides its products and exponentials, which is much
   # where heads are small: longer turns. Not for windows, short themselves, nor
-  # for tiny pages: 32 copies a tile, whose page ids the fetching warps spill.
+  # for tiny pages, 32 copies a tile; nor with many kinds or heads, to whom
+  # fetching warps of 24 registers spill.
   tile = 128 if H <= 128 else 64
   if H == 64 and p >= 16 and g.window is None:
-    tile = 256
+    tile = 256 if len(kinds) < 3 and heads <= 8 else 128
   tile = overrides.get("tile", tile)
   columns = overrides.get("columns", {192: 96, 256: 64}.get(H, H))
   query_slots = overrides.get("query_slots", 1)
@@ -180,7 +185,7 @@ def choose(
     query_slots=query_slots,
     columns=columns,
     registers=overrides.get("registers", registers),
-    query_in_registers=min(H, 128),
+    query_in_registers=overrides.get("qr", 0 if tile > 128 else min(H, 128)),
     # Tiles of 128 tokens, where prompts begin, see some of every part.
     part=overrides.get(
       "part", 64 if packed and tokens <= 64 else math.gcd(tile, 128)
@@ -254,7 +259,19 @@ def make_work(
   light = _LIGHT * own * heads[b] <= config.rows
   order = _order(jnp.where(used, end - begin, -1), light)
   head = jnp.stack([ends[-1], query_starts[-1]])
-  return Work(tiles=tiles[order], head=head, config=config)
+  tiles = with_last(tiles[order], query_starts[-1])
+  return Work(tiles=tiles, head=head, config=config)
+
+
+def with_last(tiles, used):
+  """Appends the row of tokens that no sequence owns, "of length -1".
+
+  tiles: int32 [tiles, 8]; used: the first such token. Returns [tiles + 1, ROW].
+  """
+  last = jnp.zeros((1, END + 1), jnp.int32)
+  last = last.at[0, LENGTH].set(-1).at[0, TOKEN].set(used)
+  tiles = jnp.concatenate([tiles, last])
+  return jnp.pad(tiles, ((0, 0), (0, ROW - END - 1)))
 
 
 def _order(steps, light):

@@ -205,7 +205,7 @@ def _plan_prefix(length, used, geometry, num_tokens, num_ctas):
   stop = -(-used // tokens) * tokens
   starts = jnp.stack([jnp.zeros_like(stop), stop])
   whole = lib.make_work(length, starts, geometry, config, None)
-  columns = [whole.tiles[:, j, None] for j in range(lib.END + 1)]
+  columns = [whole.tiles[:-1, j, None] for j in range(lib.END + 1)]
   part = jnp.arange(config.splits, dtype=jnp.int32)
   steps = columns[lib.END]
   columns[lib.ROWS] |= lib.pack(0, 0, 0, part)
@@ -221,6 +221,7 @@ def _plan_prefix(length, used, geometry, num_tokens, num_ctas):
   tiles = tiles[jnp.argsort(empty + 2 * unused)]
   # No tiles for tokens that no sequence owns: the merge does not look there.
   all_used = jnp.int32(2**30)
+  tiles = lib.with_last(tiles, all_used)
   head = jnp.stack([listed, all_used])
   return lib.Work(tiles=tiles, head=head, config=config)
 

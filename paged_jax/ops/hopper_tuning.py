@@ -132,8 +132,9 @@ def choose(
   given = measured(g, B) if overrides is None else overrides
   consumers = 2 if _token_rows(G) * Q > 64 and H <= 128 else 1
   # Large pages: a tile is a part of one head's page, and short ones are many.
-  # Large bundles: a short one would be fewer than 32 tokens.
-  short = H == 128 and p < 64 and _bundle(g, 64, B) < 4
+  # Large bundles: a short one would be fewer than 32 tokens; pages of one token
+  # take so many copies that it gains all the same.
+  short = H == 128 and p < 64 and (p == 1 or _bundle(g, 64, B) < 4)
   short |= H > 128 or consumers == 2
   if B * K * max_pages * p <= _SMS * 128 and not batch_invariant:
     short = True  # longer ones would never be full

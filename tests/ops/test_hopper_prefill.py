@@ -198,6 +198,17 @@ def test_mixed_batch_with_unaligned_starts():
 
 
 @needs_interpreter
+def test_tokens_without_a_sequence_fill_many_tiles():
+  """All items but two lie behind the list, some for every CTA."""
+  out, lse = _check(data.problem(
+    3, query_lengths=(5,), lengths=(9,), T=250, N=4, K=2, H=64, p=16,
+    dtype=jnp.bfloat16,
+  ))
+  assert not np.asarray(out[5:], np.float32).any()
+  assert np.isneginf(lse[5:]).all()
+
+
+@needs_interpreter
 def test_narrow_tiles_change_no_bit():
   """Decode rows beside a prompt, for one warpgroup or for both."""
   made = data.problem(

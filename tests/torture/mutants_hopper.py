@@ -16,6 +16,10 @@ _MIXED = _PREFILL.format("test_mixed_batch_with_unaligned_starts")
 _UNITS = _PREFILL.format("test_units_are_what_rows_see")
 _VARIANT = _PREFILL.format("test_mixed_batch_variants[more{}]")
 _SHARED = "tests/ops/test_hopper_shared.py::{}"
+_ORDER = (
+  "tests/ops/test_hopper_order.py::"
+  "test_pages_that_all_tokens_see_whole_are_sorted"
+)
 
 # (file, expression, replacement, a test that must fail)
 MUTANTS = {
@@ -266,9 +270,45 @@ MUTANTS = {
   ),
   "prefill: pages of the next item not its own": (
     "hopper_prefill_fetch.py",
-    "next_b = jnp.where(last, following_b, b)",
-    "next_b = b + 0",
+    "jnp.where(last, following_b, b),",
+    "b + 0,",
     _PREFILL.format("test_narrow_tiles_change_no_bit"),
+  ),
+  "prefill: the list ends before tokens without a sequence": (
+    "hopper_prefill_items.py",
+    "listed - number - 2",
+    "listed - number - 1",
+    _MIXED,
+  ),
+  "prefill: tokens without a sequence all at the first of them": (
+    "hopper_prefill_items.py",
+    "first = tile[plan.TOKEN] + block * tokens",
+    "first = tile[plan.TOKEN] + block * 0",
+    _PREFILL.format("test_tokens_without_a_sequence_fill_many_tiles"),
+  ),
+  "prefill: an item's row overwritten while it is read": (
+    "hopper_prefill_items.py",
+    "backend.wait_if(r >= AHEAD, free.at[slot])",
+    "backend.wait_if(r < 0, free.at[slot])",
+    _MIXED,
+  ),
+  "memory order: pages that hold queries move": (
+    "hopper_order.py",
+    "stop = lengths - queries + 1",
+    "stop = lengths",
+    _ORDER,
+  ),
+  "memory order: the window's edge moves": (
+    "hopper_order.py",
+    "first = jnp.maximum(lengths - geometry.window, 0)",
+    "first = first",
+    _ORDER,
+  ),
+  "memory order: V stays where it was": (
+    "hopper_order.py",
+    "zip(found, tables, strict=True)",
+    "zip((found[0], *tables[1:]), tables, strict=True)",
+    "tests/ops/test_hopper_order.py::test_v_follows_k",
   ),
   "prefill plan: tiles without keys amid others": (
     "hopper_prefill_plan.py",

@@ -18,6 +18,7 @@ from paged_jax.ops.backend.launch import (
   counter,
   draw,
   each_warp,
+  hidden,
   mosaic_call,
   prefetch_if,
   set_max_registers,
@@ -38,6 +39,7 @@ from paged_jax.ops.backend.products import (
 from paged_jax.ops.backend.rows import (
   load_blocks,
   mask_columns,
+  row_numbers,
   store_block,
   store_rows,
   zero_dead_rows,
@@ -53,10 +55,10 @@ from paged_jax.ops.backend.triton import (
 
 __all__ = [
   "blocked", "compute_capability", "compute_now", "copy_if", "counter", "dot",
-  "draw", "each_warp", "exp2", "finish_matmul_add", "load", "load_blocks",
-  "mask_columns", "matmul", "matmul_add", "mosaic", "mosaic_call",
-  "prefetch_if", "rescale", "set_max_registers", "split_barriers",
-  "start_matmul_add", "start_next_kernel", "store", "store_block", "store_rows",
-  "tiled", "triton_call", "wait_for_previous_kernel", "wait_if",
-  "zero_dead_rows",
+  "draw", "each_warp", "exp2", "finish_matmul_add", "hidden", "load",
+  "load_blocks", "mask_columns", "matmul", "matmul_add", "mosaic",
+  "mosaic_call", "prefetch_if", "rescale", "row_numbers", "set_max_registers",
+  "split_barriers", "start_matmul_add", "start_next_kernel", "store",
+  "store_block", "store_rows", "tiled", "triton_call",
+  "wait_for_previous_kernel", "wait_if", "zero_dead_rows",
 ]

@@ -1,6 +1,7 @@
 """The Mosaic dialect of Pallas: calls, and what orders kernels and warps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import itertools
 from typing import Any
 
@@ -93,6 +94,54 @@ def split_barriers(barriers: Any, *counts: int) -> list["_Part"]:
     _Part(barriers, end - count)
     for count, end in zip(counts, ends, strict=True)
   ]
+
+
+def hidden(i: Any, interpret: bool) -> Any:
+  """Returns the int32 scalar i, as a number that compilers do not know.
+
+  As an index of barriers it keeps the address of one, which is known when the
+  kernel begins, from being held in a register until it is used.
+  """
+  if interpret:
+    return i
+  scalar = mosaic.Layout.WG_SPLAT(())
+
+  @mosaic.inline_mgpu(
+    arg_types=(scalar,),
+    return_type=mosaic.ShapeDtypeStruct((), jnp.int32, layout=scalar),
+  )
+  def hide(ctx, i):
+    del ctx
+    i = fresh(i.registers.item())
+    return mgpu.FragmentedArray.splat(i, (), is_signed=True)
+
+  return hide(i)
+
+
+def fresh(x: ir.Value) -> ir.Value:
+  """Returns an int32, as another one to compilers, who keep no copy of it."""
+  zero, lanes, every = (arith.constant(x.type, i) for i in (0, 31, -1))
+  return nvvm.shfl_sync(every, x, zero, lanes, nvvm.ShflKind.bfly)
+
+
+@contextlib.contextmanager
+def fresh_threads() -> Iterator[None]:
+  """Makes threads' numbers `fresh` in what is emitted meanwhile."""
+  block = ir.InsertionPoint.current.block
+  before = len(block.operations)
+  yield
+  i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+  new = None
+  for op in list(block.operations)[max(before - 1, 0) :]:
+    if op.name != "gpu.thread_id" or "x" not in str(op.attributes["dimension"]):
+      continue
+    if new is not None:
+      op.result.replace_all_uses_with(new)
+      continue
+    with ir.InsertionPoint.after(op):
+      old = arith.index_cast(i32, op.result)
+      new = arith.index_cast(index, fresh(old))
+    op.result.replace_all_uses_except(new, old.owner.operation)
 
 
 class _Part:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import llvm
 import numpy as np
 
-from paged_jax.ops.backend import layouts
+from paged_jax.ops.backend import launch, layouts
 
 
 def load_blocks(ref: Any, wanted: Any, interpret: bool) -> Any:
@@ -40,9 +40,10 @@ def load_blocks(ref: Any, wanted: Any, interpret: bool) -> Any:
   )
   def load(ctx, ref):
     del ctx
-    return mgpu.FragmentedArray.load_tiled(
-      layouts.row_tiles(ref), transforms[0].swizzle, layout=mgpu.WGMMA_LAYOUT
-    )
+    with launch.fresh_threads():
+      return mgpu.FragmentedArray.load_tiled(
+        layouts.row_tiles(ref), transforms[0].swizzle, layout=mgpu.WGMMA_LAYOUT
+      )
 
   return load(ref)
 
@@ -60,9 +61,33 @@ def store_block(ref: Any, value: Any, interpret: bool) -> None:
   def store(ctx, ref, value):
     del ctx
     rows = mgpu.memref_unfold(ref, 0, (None, 8))
-    value.store_tiled(mgpu.memref_unsqueeze(rows, 1), transforms[0].swizzle)
+    with launch.fresh_threads():
+      value.store_tiled(mgpu.memref_unsqueeze(rows, 1), transforms[0].swizzle)
 
   store(ref, value)
+
+
+def row_numbers(interpret: bool) -> Any:
+  """Returns 0 .. 63, one number a row of WGMMA's layout, int32 [64].
+
+  Each call makes them anew, so that they are not held in registers.
+  """
+  layout = mosaic.Layout.WGMMA.reduce(1)
+  if interpret:
+    return mosaic.broadcasted_iota(jnp.int32, (64,), 0, layout=layout)
+
+  @mosaic.inline_mgpu(
+    return_type=mosaic.ShapeDtypeStruct((64,), jnp.int32, layout=layout)
+  )
+  def make(ctx):
+    del ctx
+    with launch.fresh_threads():
+      return mgpu.FragmentedArray.broadcasted_iota(
+        ir.IntegerType.get_signless(32), (64,), 0, layout.to_mgpu(),
+        is_signed=True,
+      )
+
+  return make()
 
 
 def store_rows(
@@ -94,23 +119,21 @@ def store_rows(
     lax.fori_loop(0, value.shape[0], one, 0)
     return
   layout = mosaic.Layout.WGMMA
-  offsets = jnp.zeros_like(columns)
   if value.ndim == 2:
     rows, columns = (
       lax.broadcast_in_dim(x, value.shape, [0]) for x in (rows, columns)
     )
-    offsets = mosaic.broadcasted_iota(
-      jnp.int32, value.shape, 1, layout=layout
-    )
   else:
     layout = layout.reduce(1)
-  indices = [mosaic.layout_cast(x, layout) for x in (rows, columns, offsets)]
+  indices = [mosaic.layout_cast(x, layout) for x in (rows, columns)]
 
-  @mosaic.inline_mgpu(arg_types=(mosaic.RefType(), *[layout] * 4))
-  def store(ctx, ref, value, rows, columns, offsets):
+  @mosaic.inline_mgpu(arg_types=(mosaic.RefType(), *[layout] * 3))
+  def store(ctx, ref, value, rows, columns):
     del ctx
     index = ir.IndexType.get()
-    zero = arith.constant(ir.IntegerType.get_signless(32), 0)
+    i32 = ir.IntegerType.get_signless(32)
+    zero = arith.constant(i32, 0)
+    own = _own_column() if len(value.shape) == 2 else zero
 
     def first(register):  # of the neighbouring columns a register holds
       if not isinstance(register.type, ir.VectorType):
@@ -122,9 +145,11 @@ def store_rows(
       by_row.setdefault(rows.registers[at], []).append(at)
     for row, places in by_row.items():
       row, base = first(row), first(columns.registers[places[0]])
+      base = arith.addi(base, own)
       with mgpu.when(arith.cmpi(arith.CmpIPredicate.sge, row, zero)):
         for at in places:
-          column = arith.addi(base, first(offsets.registers[at]))
+          number = arith.constant(i32, _first_column(value, at))
+          column = arith.addi(base, number)
           place = [arith.index_cast(index, x) for x in (row, column)]
           register = value.registers[at]
           if isinstance(register.type, ir.VectorType):
@@ -167,8 +192,7 @@ def mask_columns(value: Any, first: Any, last: Any, interpret: bool) -> Any:
     Predicate = arith.CmpIPredicate
     i32 = ir.IntegerType.get_signless(32)
     fill = arith.constant(ir.F32Type.get(), -math.inf)
-    lane = arith.remui(mgpu.thread_idx(), arith.constant(i32, 4))
-    own = arith.muli(lane, arith.constant(i32, 2))  # a thread's first column
+    own = _own_column()
     shifted = {}
 
     def limit(register):
@@ -178,9 +202,8 @@ def mask_columns(value: Any, first: Any, last: Any, interpret: bool) -> Any:
       return shifted[register]
 
     registers = value.registers.copy()
-    strides = value.layout.tiling.tile_strides((value.shape[1], 1))
     for at in np.ndindex(registers.shape):
-      column = sum(i * s for i, s in zip(at, strides)) % value.shape[1]
+      column = _first_column(value, at)
       for i in range(2):  # neighbouring columns that a register holds
         number = arith.constant(i32, column + i)
         keep = None
@@ -266,7 +289,7 @@ def zero_dead_rows(
       )
 
     first, last = (x.registers.item() for x in (first, last))
-    _, thread = split(mgpu.thread_idx(), 128)
+    _, thread = split(launch.fresh(mgpu.thread_idx()), 128)
     row, lane = split(thread, lanes)
     block, within = split(row, 8)
     offset = arith.addi(
@@ -289,3 +312,23 @@ def zero_dead_rows(
 
   zero(ref, first, last)
   mosaic.commit_smem()
+
+
+def _own_column():
+  """The first column that a thread holds of a WGMMA result, int32.
+
+  Of all columns it holds neighbouring two in every eight.
+  """
+  two, four = (
+    arith.constant(ir.IntegerType.get_signless(32), i) for i in (2, 4)
+  )
+  thread = launch.fresh(mgpu.thread_idx())
+  return arith.muli(arith.remui(thread, four), two)
+
+
+def _first_column(value, at):
+  """The column of register `at` of a WGMMA result, in a thread whose is 0."""
+  if len(value.shape) == 1:
+    return 0
+  strides = value.layout.tiling.tile_strides((value.shape[1], 1))
+  return sum(i * s for i, s in zip(at, strides)) % value.shape[1]
