@@ -175,7 +175,8 @@ def plan_attention(
     batch_invariant: whether the output bits of a sequence must depend on that
       sequence alone, not on what else is in the batch, nor on B: its work is
       then split at places that its own length decides. Costs some speed up to
-      `max_query_length` 8, nothing beyond; by "hopper" only.
+      `max_query_length` 8, beyond only with H 64 and a group of heads that is
+      no power of two; by "hopper" only.
     shared_prefix: whether pages that all rows with queries begin with (the same
       ids in the first columns) are to be read once for all of them, and the
       results merged. How many there are is found in the table, on the device.
@@ -185,11 +186,12 @@ def plan_attention(
       float16, without a window; other implementations ignore it. Automatic
       choice takes "hopper" for it where it can.
     memory_order: whether pages may be read in the order in which they lie in
-      memory, not that of the table, which DRAM answers 1 to 2 % sooner. Worth
-      it where a layer reads hundreds of MB of KV from scattered pages; costs a
-      sort of the table. Results are right either way, but their last bits then
-      depend on which pages a sequence has. Done by "hopper" up to
-      `max_query_length` 8; ignored by others and beyond.
+      memory, not that of the table, which DRAM answers up to 4 % sooner, mostly
+      1 to 2. Worth it where a layer reads hundreds of MB of KV from scattered
+      pages of rows alike in length; costs a sort of the table. Results are
+      right either way, but their last bits then depend on which pages a
+      sequence has. Done by "hopper" up to `max_query_length` 8; ignored by
+      others and beyond.
     implementation: as in `paged_attention`.
 
   Returns:
@@ -259,10 +261,12 @@ def plan_attention(
       "the bits of a row, depends on the other rows; drop one of the two"
     )
   if memory_order and (batch_invariant or shared_prefix):
-    other = "batch_invariant" if batch_invariant else "shared_prefix"
+    other, why = "shared_prefix", "a prefix is found by its place in the table"
+    if batch_invariant:
+      other = "batch_invariant"
+      why = "the bits of a row would depend on where its pages lie"
     raise ValueError(
-      f"memory_order is True with {other}=True: the two do not go together; "
-      "drop one of them"
+      f"memory_order is True with {other}=True: {why}; drop one of the two"
     )
   options = {}
   if batch_invariant:

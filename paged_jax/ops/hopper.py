@@ -135,7 +135,7 @@ def make_plan(
   num_tokens: T, which bounds the tiles of a prefill step and tells that a batch
     is mixed; None: unknown.
   shared_prefix: whether pages that all rows begin with are to be read once.
-  memory_order: whether decode may read a row's pages in their own order.
+  memory_order: whether decode may read a row's pages in order of their ids.
   least_shared: tokens; a shorter prefix counts as none.
   overrides: fields of hopper_tuning.Config in place of the table's, to tune.
 
@@ -194,10 +194,13 @@ def _make_work(
 ):
   """The plan of the kernel that takes a step of this geometry."""
   if geometry.max_query_length > _FEW_QUERIES:
-    # Tiles walk their own positions, and narrow ones what others would: this
-    # is batch-invariant as it is.
+    # Tiles walk their own positions, and narrow ones what others would.
     config = hopper_prefill_plan.choose(
-      geometry, lengths.shape[0], num_tokens, **(overrides or {})
+      geometry,
+      lengths.shape[0],
+      num_tokens,
+      batch_invariant=batch_invariant,
+      **(overrides or {}),
     )
     return hopper_prefill_plan.make_work(
       lengths, query_starts, geometry, config, num_tokens

@@ -19,7 +19,8 @@ a KV tile that all rows see whole, or a part of one that some row does not: only
 those are masked, and parts that no row sees are left out. The copies of the
 next item run ahead of the end of this one, its output leaves while the next one
 begins. The queries of an item are held in registers, as far as those go (128
-columns): shared memory is busy enough with K and V.
+columns; with tiles of 256 positions, none): shared memory is busy enough with K
+and V.
 
 Dead slots must not be seen, not even as 0 * NaN. Pages without a live position
 are not copied, and in a tile that is not live throughout the dead rows of V are

@@ -108,7 +108,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
         def _():
           mosaic.barrier_wait(k_full.at[slot_of(unit.tile + 1)])
 
-      seen = []
+      seen = []  # filled while the product is traced
 
       def meanwhile():
         pass_turn()
@@ -268,7 +268,7 @@ def _score(logits, factor, m, masked):
 
 def _sum(p):
   """Sums of each row's columns, [64, _PARTS]."""
-  return functools.reduce(
+  return functools.reduce(  # sum() would begin by adding to 0
     operator.add,
     [p[:, i : i + _PARTS] for i in range(0, p.shape[1], _PARTS)],
   )

@@ -80,7 +80,7 @@ def fetch(
       each(most - heads, none)
 
   def first_pages(b, begin):
-    return pages_at(b, begin * c.tile)
+    return pages_at(b, begin * c.tile) if ahead else ()
 
   def fetch_item(item, pages):
     tile, kv_head, done, n = item.tile, item.kv_head, item.done, item.n
@@ -95,8 +95,9 @@ def fetch(
     def one_tile(i, pages):
       position = (begin + i) * c.tile
       slot = lax.rem(done + i, jnp.int32(c.stages))
+      ids, next_pages = pages, ()
       if not ahead:
-        pages = next_pages = pages_at(b, position)
+        ids = pages_at(b, position)
       else:
         last = i + 1 == steps
         next_pages = pages_at(
@@ -118,6 +119,7 @@ def fetch(
           source = pool.at[index]
           if step < p:  # a tile is part of a page
             source = pool.at[index, pl.ds(lax.rem(at, jnp.int32(p)), step)]
+          # What the last warp has left of the tile, too.
           rest = max(c.tile - 3 * step, step)
           target = smem.at[slot, pl.ds(warp * step, rest)]
           target = target.at[pl.ds(i * step, step)]
@@ -127,7 +129,7 @@ def fetch(
 
         each(c.copies, one)
 
-      copy(k_ref, k_smem, k_full, k_free, pages[0])
+      copy(k_ref, k_smem, k_full, k_free, ids[0])
 
       @pl.when(i == 0)
       def _():
@@ -139,7 +141,7 @@ def fetch(
             functools.partial(queries, tile, kv_head, q_slot, tokens, heads)
           )
 
-      copy(v_ref, v_smem, v_full, v_free, pages[1])
+      copy(v_ref, v_smem, v_full, v_free, ids[1])
       return next_pages
 
     # Items without KV tiles are listed last (hopper_prefill_plan._order,

@@ -8,10 +8,10 @@ row of its tile:
     r        0     1     2     3     4          the CTA's items, in 4 slots
              ^           ^                      computed; drawn meanwhile
 
-So no CTA is idle before the list is done, whatever the items take and in
-whatever order they are listed. The row stays there while its item lasts, and is
-looked up again rather than held in registers, of which none are left.
-Simulated, items go round in turn.
+So no CTA is idle before the list is done, whatever the items take. The row
+stays there while its item lasts, and is looked up again rather than held in
+registers, of which none are left; fetching warps begin an item when the one
+before the last is done. Simulated, items go round in turn.
 
 Behind the list come the tokens that no sequence owns, as tiles without keys.
 Their numbers are handed on as -2, -3, ..., and -1 says that nothing is left.
@@ -30,7 +30,7 @@ from paged_jax.ops import hopper_prefill_plan as plan
 from paged_jax.ops.backend import mosaic
 from paged_jax.ops.inputs import Inputs
 
-AHEAD = 4  # items on their way, at most
+AHEAD = 4  # slots; an item keeps its own until all are done with it
 _FETCHING = 4  # warps that fetch
 _COLUMNS = plan.END + 1
 
@@ -39,7 +39,7 @@ def scratch(config: plan.Config, interpret: bool) -> tuple[Any, ...]:
   """Returns the shared memory and the barriers that items go through."""
   readers = config.consumers + (1 if interpret else _FETCHING)
   return (
-    mosaic.SMEM((AHEAD + 1,), jnp.int32),
+    mosaic.SMEM((AHEAD + 1,), jnp.int32),  # numbers; the last: as drawn
     mosaic.SMEM((AHEAD, plan.ROW), jnp.int32),
     mosaic.Barrier(num_arrivals=readers, num_barriers=AHEAD),
   )
@@ -52,7 +52,7 @@ class Item:
   tile: Any  # plan row
   kv_head: Any
   done: Any  # KV tiles of this CTA before
-  n: Any  # items of this CTA before
+  n: Any  # items of this CTA before; those without KV tiles come last
   again: Callable[[], tuple[Any, Any]]  # looks up tile and kv_head once more
   following: Callable[[], Any]  # waits for the next item, looks it up
 

@@ -12,7 +12,8 @@ kinds, by the query tokens that a sequence has:
 Packing heads is free where G is a power of two: then a long tile is a short
 one. A decode row in a batch of chunks costs one tile that reads its KV once.
 Narrow ones, where only one of the computing warpgroups multiplies, are there if
-the batch is mixed, as far as static facts tell. They change no bit.
+the batch is mixed, as far as static facts tell. They change no bit, but at H 64
+where heads are not packed: there KV tiles are shorter then.
 
 All tiles form one list; work item i is tile i // K for kv head i % K. CTA c
 begins with item c, and whoever is done takes the next one. Long items come
@@ -47,7 +48,7 @@ _SMEM_BYTES = 227 * 1024  # what a CTA may take on sm_90
 _LIGHT = 4  # a tile with this part of all rows, or less, is light
 _AHEAD = 0.9  # the others are begun that much sooner: they take longer
 _UNEVEN = 4  # narrow tiles where the longest query is so many times the mean
-_RESERVED = 3072  # barriers, what the driver takes
+_RESERVED = 3072  # barriers, items' rows, what the driver takes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,8 @@ def choose(
   geometry: Geometry,
   num_sequences: int = 1,
   num_tokens: int | None = None,
+  *,
+  batch_invariant: bool = False,
   **overrides: Any,
 ) -> Config:
   """Returns the kernel's shape for a geometry.
@@ -123,6 +126,7 @@ def choose(
     geometry: static facts of the call.
     num_sequences: B.
     num_tokens: T; None: unknown.
+    batch_invariant: whether bits may not depend on B and T.
     **overrides: to tune: tile, stages, columns, query_slots, registers, part,
       late and settle of Config; consumers, 1 or 2; `unpacked`, not to pack
       heads; `narrow`, whether to have that kind.
@@ -161,11 +165,13 @@ def choose(
     kinds = ((tokens // consumers, heads), *kinds)
   # A turn has a fixed cost besides its products and exponentials, which is much
   # where heads are small: longer turns. Not for windows, short themselves, nor
-  # for tiny pages, 32 copies a tile; nor with many kinds or heads, to whom
-  # fetching warps of 24 registers spill.
+  # for tiny pages, 32 copies a tile; nor with three kinds, or more than 8
+  # heads: there the fetching warps, of 24 registers, spill. Where B and T
+  # decide whether there are three, bits depend on them.
   tile = 128 if H <= 128 else 64
-  if H == 64 and p >= 16 and g.window is None:
-    tile = 256 if len(kinds) < 3 and heads <= 8 else 128
+  most_kinds = 3 if batch_invariant and not packed else len(kinds)
+  if H == 64 and p >= 16 and g.window is None and most_kinds < 3 and heads <= 8:
+    tile = 256
   tile = overrides.get("tile", tile)
   columns = overrides.get("columns", {192: 96, 256: 64}.get(H, H))
   query_slots = overrides.get("query_slots", 1)
@@ -185,7 +191,8 @@ def choose(
     query_slots=query_slots,
     columns=columns,
     registers=overrides.get("registers", registers),
-    query_in_registers=overrides.get("qr", 0 if tile > 128 else min(H, 128)),
+    # Longer tiles leave none for them.
+    query_in_registers=min(H, 128) if tile <= 128 else 0,
     # Tiles of 128 tokens, where prompts begin, see some of every part.
     part=overrides.get(
       "part", 64 if packed and tokens <= 64 else math.gcd(tile, 128)

@@ -142,6 +142,21 @@ def test_mixed_batches_have_narrow_tiles():
   assert not _work((512, 1, 9, 1), (512, 90, 9, 1), num_heads=8)[1].narrow
 
 
+@pytest.mark.parametrize("num_heads", [2, 6, 8, 14, 42])
+def test_what_a_batch_invariant_plan_walks_is_the_same_for_every_batch(
+  num_heads
+):
+  geometry = dataclasses.replace(
+    GEOMETRY, num_heads=num_heads, max_query_length=500
+  )
+  configs = [
+    plan_lib.choose(geometry, B, T, batch_invariant=True)
+    for B, T in ((1, None), (1, 500), (64, 600))
+  ]
+  assert [c.narrow for c in configs] == [False, False, num_heads <= 16]
+  assert len({(c.tile, c.part, c.late) for c in configs}) == 1
+
+
 def test_tiles_without_keys_come_last():
   """What was found ahead of one of them is not there for the next one."""
   tiles, _, _, _ = _work((40, 300, 1, 20), (0, 900, 0, 5), 361, num_heads=8)

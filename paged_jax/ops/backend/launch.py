@@ -119,22 +119,31 @@ def hidden(i: Any, interpret: bool) -> Any:
 
 
 def fresh(x: ir.Value) -> ir.Value:
-  """Returns an int32, as another one to compilers, who keep no copy of it."""
+  """Returns an int32, as another one to compilers, who keep no copy of it.
+
+  For whole warps: all lanes must come here.
+  """
   zero, lanes, every = (arith.constant(x.type, i) for i in (0, 31, -1))
   return nvvm.shfl_sync(every, x, zero, lanes, nvvm.ShflKind.bfly)
 
 
 @contextlib.contextmanager
 def fresh_threads() -> Iterator[None]:
-  """Makes threads' numbers `fresh` in what is emitted meanwhile."""
+  """Makes threads' numbers `fresh` in what is emitted meanwhile.
+
+  Mosaic's loads and stores take no number as an argument, and addresses that
+  depend on it alone would be computed when the kernel begins, and then held.
+  """
   block = ir.InsertionPoint.current.block
   before = len(block.operations)
   yield
   i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
   new = None
+  # From one before on, for a block may end in a terminator; what is in regions
+  # of its operations stays as it is.
   for op in list(block.operations)[max(before - 1, 0) :]:
     if op.name != "gpu.thread_id" or "x" not in str(op.attributes["dimension"]):
-      continue
+      continue  # of one axis only: the others have length 1
     if new is not None:
       op.result.replace_all_uses_with(new)
       continue
@@ -270,7 +279,7 @@ def counter() -> Any:
 def draw(counter: Any, target: Any, base: int) -> None:
   """Stores base + counter into `target`, SMEM [1], and raises the counter.
 
-  For one warp; its later arrivals on barriers tell others of the number.
+  For one warp, all of which may read it afterwards.
   """
 
   @mosaic.inline_mgpu(arg_types=(mosaic.RefType(), mosaic.RefType()))

@@ -133,6 +133,7 @@ def store_rows(
     index = ir.IndexType.get()
     i32 = ir.IntegerType.get_signless(32)
     zero = arith.constant(i32, 0)
+    # Before any branch: it takes all lanes of a warp.
     own = _own_column() if len(value.shape) == 2 else zero
 
     def first(register):  # of the neighbouring columns a register holds
@@ -327,7 +328,7 @@ def _own_column():
 
 
 def _first_column(value, at):
-  """The column of register `at` of a WGMMA result, in a thread whose is 0."""
+  """The column of register `at` of a WGMMA result, less the thread's own."""
   if len(value.shape) == 1:
     return 0
   strides = value.layout.tiling.tile_strides((value.shape[1], 1))
