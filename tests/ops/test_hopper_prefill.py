@@ -224,6 +224,15 @@ def test_tokens_without_a_sequence_fill_many_tiles():
 
 
 @needs_interpreter
+def test_page_ids_of_the_next_item_are_its_own():
+  """Several items a CTA, of other sequences, none narrow; pages of 8."""
+  _check(data.problem(
+    4, query_lengths=(9, 20, 5, 12), lengths=(40, 20, 33, 12), N=2, K=2, H=64,
+    p=8, dtype=jnp.bfloat16, max_query_length=20,
+  ))
+
+
+@needs_interpreter
 def test_narrow_tiles_change_no_bit():
   """Decode rows beside a prompt, for one warpgroup or for both."""
   made = data.problem(

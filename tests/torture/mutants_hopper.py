@@ -272,7 +272,7 @@ MUTANTS = {
     "hopper_prefill_fetch.py",
     "jnp.where(last, following_b, b),",
     "b + 0,",
-    _PREFILL.format("test_narrow_tiles_change_no_bit"),
+    _PREFILL.format("test_page_ids_of_the_next_item_are_its_own"),
   ),
   "prefill: the list ends before tokens without a sequence": (
     "hopper_prefill_items.py",
