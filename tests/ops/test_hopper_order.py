@@ -139,6 +139,19 @@ def test_results_stay_right(changes):
   assert (plan.work.tables[0] != tables).any()
 
 
+@needs_interpreter
+def test_what_dead_slots_hold_changes_no_bit():
+  made = data.problem(74, lengths=(150, 1, 97), N=4, K=2, H=64, p=8,
+                      dtype=jnp.bfloat16)
+  plan = _plan(made, implementation="hopper")
+  results = [
+    data.call(made.poisoned(value), "hopper", plan=plan)
+    for value in (float("nan"), 3e38, 0.0)
+  ]
+  for result in results[1:]:
+    data.assert_same_bits(results[0], result)
+
+
 @pytest.mark.parametrize("implementation", ["xla", None])
 def test_elsewhere_it_is_ignored(implementation):
   made = data.problem(
