@@ -69,7 +69,7 @@ def attend(inputs, c, items, interpret, wg, outputs, buffers, barriers):
     units = hopper_prefill_units.Units(
       inputs=inputs, config=c, tile=item.tile
     )
-    stretches = units.stretches()
+    stretches = list(units.stretches())  # not while a turn is held
     q_slot = lax.rem(item.n, jnp.int32(c.query_slots))
 
     def slot_of(kv_tile):

@@ -13,6 +13,7 @@ A unit is one turn on the tensor cores, so all computing warpgroups walk the
 same ones, whatever their rows see.
 """
 
+from collections.abc import Iterator
 import dataclasses
 from typing import Any
 
@@ -53,22 +54,18 @@ class Units:
   config: plan.Config
   tile: Any
 
-  def stretches(self) -> list[Stretch]:
-    """Returns the stretches in order; any of them may be empty."""
+  def stretches(self) -> Iterator[Stretch]:
+    """Yields the stretches in order; any of them may be empty."""
     size, width = self.config.tile, self.config.part
     parts = size // width
     start, stop = self._whole_tiles()
     end = lax.div(self._end(), jnp.int32(width))
-    found = [
-      Stretch(first=start, last=stop, width=size, masked=False),
-      Stretch(first=stop * parts, last=end, width=width, masked=True),
-    ]
-    if self.inputs.window is None:
-      return found
-    first = lax.div(self._begin(), jnp.int32(width))
-    last = jnp.minimum(start * parts, end)
-    before = Stretch(first=first, last=last, width=width, masked=True)
-    return [before, *found]
+    if self.inputs.window is not None:
+      first = lax.div(self._begin(), jnp.int32(width))
+      last = jnp.minimum(start * parts, end)
+      yield Stretch(first=first, last=last, width=width, masked=True)
+    yield Stretch(first=start, last=stop, width=size, masked=False)
+    yield Stretch(first=stop * parts, last=end, width=width, masked=True)
 
   def unit(self, i: Any, width: int) -> Unit:
     """Returns unit i of a stretch."""

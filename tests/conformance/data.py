@@ -140,6 +140,21 @@ def problem(
   return made.poisoned(float("nan"))
 
 
+def plan_arguments(made: Problem) -> dict[str, Any]:
+  """Returns what `plan_attention` is to be told of a problem."""
+  most = made.static.get("max_query_length", made.query.shape[0])
+  return dict(
+    num_heads=made.query.shape[-2],
+    num_kv_heads=made.k_pages.shape[-3],
+    head_dim=made.query.shape[-1],
+    page_size=made.k_pages.shape[-2],
+    dtype=made.query.dtype,
+    max_query_length=1 if made.query_starts is None else most,
+    causal=made.static.get("causal", True),
+    window=made.static.get("window"),
+  )
+
+
 def call(
   made: Problem,
   implementation: str,

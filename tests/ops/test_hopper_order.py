@@ -92,22 +92,10 @@ def test_every_row_keeps_its_pages(draw):
     assert [new[i] for i in stays] == [old[i] for i in stays]
 
 
-def _plan(made, **more):
-  N, H = made.query.shape[-2:]
-  most = made.static.get("max_query_length", made.query.shape[0])
+def _plan(made, memory_order=True, **more):
+  arrays = made.page_table, made.lengths, made.query_starts
   return paged_jax.plan_attention(
-    made.page_table,
-    made.lengths,
-    made.query_starts,
-    num_heads=N,
-    num_kv_heads=made.k_pages.shape[-3],
-    head_dim=H,
-    page_size=made.k_pages.shape[-2],
-    dtype=made.query.dtype,
-    max_query_length=1 if made.query_starts is None else most,
-    causal=made.static.get("causal", True),
-    window=made.static.get("window"),
-    **dict(dict(memory_order=True), **more),
+    *arrays, **data.plan_arguments(made), memory_order=memory_order, **more
   )
 
 

@@ -52,19 +52,8 @@ def _make_plan(arrays, least=1, num_tokens=None, **static):
 
 
 def _plan(made, **more):
-  N, H = made.query.shape[-2:]
-  most = made.static.get("max_query_length", made.query.shape[0])
-  return _make_plan(
-    (made.page_table, made.lengths, made.query_starts),
-    num_heads=N,
-    num_kv_heads=made.k_pages.shape[-3],
-    head_dim=H,
-    page_size=made.k_pages.shape[-2],
-    dtype=made.query.dtype,
-    max_query_length=1 if made.query_starts is None else most,
-    causal=made.static.get("causal", True),
-    **more,
-  )
+  arrays = made.page_table, made.lengths, made.query_starts
+  return _make_plan(arrays, **data.plan_arguments(made), **more)
 
 
 def _check(made, tokens, **more):
