@@ -202,75 +202,25 @@ def plan_attention(
     NotImplementedError: the named implementation cannot do it
       (batch_invariant; shared_prefix on "hopper").
   """
-  combined = getattr(page_table, "ndim", None) == 3
-  axes = ("B", "2", "M") if combined else ("B", "M")
-  page_table = inputs_lib.as_array("page_table", page_table, axes, ("int32",))
-  lengths = inputs_lib.as_array("lengths", lengths, ("B",), ("int32",))
+  page_table, lengths, query_starts = _step(page_table, lengths, query_starts)
   if query_starts is None:
     max_query_length = 1
-  else:
-    query_starts = inputs_lib.as_array(
-      "query_starts", query_starts, ("B+1",), ("int32",)
-    )
-    if query_starts.shape[0] != lengths.shape[0] + 1:
-      raise ValueError(
-        f"query_starts has {query_starts.shape[0]} entries for "
-        f"B={lengths.shape[0]} sequences: it needs B+1"
-      )
-  if lengths.shape[0] != page_table.shape[0]:
-    raise ValueError(
-      f"lengths has {lengths.shape[0]} rows but page_table has "
-      f"{page_table.shape[0]}: give one length a table row"
-    )
   sizes = dict(
     num_heads=num_heads,
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
     page_size=page_size,
     max_query_length=max_query_length,
-    num_tokens=num_tokens,
-    window=window,
   )
-  for size_name, size in sizes.items():
-    if size is not None:
-      inputs_lib.check_int(size_name, size, 1)
-  if num_heads and num_kv_heads and num_heads % num_kv_heads:
-    raise ValueError(
-      f"num_heads is {num_heads}, not a multiple of num_kv_heads="
-      f"{num_kv_heads}: every kv head must serve equally many query heads"
-    )
-  known = (
-    num_heads, num_kv_heads, head_dim, page_size, dtype, max_query_length
-  )
-  wanted = dict(
+  _check_sizes(**sizes, num_tokens=num_tokens, window=window)
+  known = dtype is not None and None not in sizes.values()
+  options = dict(
     batch_invariant=batch_invariant,
     shared_prefix=shared_prefix,
     memory_order=memory_order,
   )
-  for option, value in wanted.items():
-    if not isinstance(value, bool):
-      raise ValueError(f"{option} is {value!r}: pass True or False")
-    if value and any(x is None for x in known):
-      raise ValueError(
-        f"{option} needs num_heads, num_kv_heads, head_dim, page_size, dtype "
-        "and max_query_length: pass all of them"
-      )
-  if batch_invariant and shared_prefix:
-    raise ValueError(
-      "shared_prefix is True with batch_invariant=True: what is shared, and so "
-      "the bits of a row, depends on the other rows; drop one of the two"
-    )
-  if memory_order and (batch_invariant or shared_prefix):
-    other, why = "shared_prefix", "a prefix is found by its place in the table"
-    if batch_invariant:
-      other = "batch_invariant"
-      why = "the bits of a row would depend on where its pages lie"
-    raise ValueError(
-      f"memory_order is True with {other}=True: {why}; drop one of the two"
-    )
-  options = {}
+  _check_options(known, **options)
   if batch_invariant:
-    options["batch_invariant"] = True
     implementation = implementation or "hopper"
     if implementation != "hopper":
       raise NotImplementedError(
@@ -279,26 +229,19 @@ def plan_attention(
       )
   names = implementations.candidates(implementation)
   name = "hopper" if shared_prefix and "hopper" in names else names[0]
-  if name == "hopper":
-    options["num_tokens"] = num_tokens
-    options["shared_prefix"] = shared_prefix
-    options["memory_order"] = memory_order
   make = getattr(implementations.load(name), "make_plan", None)
   geometry = work = None
-  if make is not None and all(x is not None for x in known):
+  if make is not None and known:
     geometry = plan_lib.Geometry(
-      num_heads=num_heads,
-      num_kv_heads=num_kv_heads,
-      head_dim=head_dim,
-      page_size=page_size,
+      **sizes,
       dtype=str(jnp.dtype(dtype)),
-      max_query_length=max_query_length,
       causal=causal,
       window=window,
-      combined=combined,
+      combined=page_table.ndim == 3,
     )
+    step = page_table, lengths, query_starts
     try:
-      work = make(page_table, lengths, query_starts, geometry, **options)
+      work = make(*step, geometry, num_tokens=num_tokens, **options)
     except NotImplementedError:
       if implementation is not None:
         raise
@@ -313,6 +256,71 @@ def plan_attention(
     num_tokens=num_tokens,
     batch_invariant=batch_invariant,
   )
+
+
+def _step(page_table, lengths, query_starts):
+  """Returns the arrays of a step, checked: their dtypes, axes and B."""
+  combined = getattr(page_table, "ndim", None) == 3
+  axes = ("B", "2", "M") if combined else ("B", "M")
+  page_table = inputs_lib.as_array("page_table", page_table, axes, ("int32",))
+  lengths = inputs_lib.as_array("lengths", lengths, ("B",), ("int32",))
+  if query_starts is not None:
+    query_starts = inputs_lib.as_array(
+      "query_starts", query_starts, ("B+1",), ("int32",)
+    )
+    if query_starts.shape[0] != lengths.shape[0] + 1:
+      raise ValueError(
+        f"query_starts has {query_starts.shape[0]} entries for "
+        f"B={lengths.shape[0]} sequences: it needs B+1"
+      )
+  if lengths.shape[0] != page_table.shape[0]:
+    raise ValueError(
+      f"lengths has {lengths.shape[0]} rows but page_table has "
+      f"{page_table.shape[0]}: give one length a table row"
+    )
+  return page_table, lengths, query_starts
+
+
+def _check_sizes(**sizes):
+  """Raises ValueError for a size that is none; None stands for unknown."""
+  for name, size in sizes.items():
+    if size is not None:
+      inputs_lib.check_int(name, size, 1)
+  N, K = sizes["num_heads"], sizes["num_kv_heads"]
+  if N and K and N % K:
+    raise ValueError(
+      f"num_heads is {N}, not a multiple of num_kv_heads={K}: every kv head "
+      "must serve equally many query heads"
+    )
+
+
+def _check_options(known, **options):
+  """Raises ValueError for options of a plan that do not go together.
+
+  known: whether all of the geometry is, which each of them needs.
+  """
+  for option, value in options.items():
+    if not isinstance(value, bool):
+      raise ValueError(f"{option} is {value!r}: pass True or False")
+    if value and not known:
+      raise ValueError(
+        f"{option} needs num_heads, num_kv_heads, head_dim, page_size, dtype "
+        "and max_query_length: pass all of them"
+      )
+  if options["batch_invariant"] and options["shared_prefix"]:
+    raise ValueError(
+      "shared_prefix is True with batch_invariant=True: what is shared, and so "
+      "the bits of a row, depends on the other rows; drop one of the two"
+    )
+  reasons = dict(
+    batch_invariant="the bits of a row would depend on where its pages lie",
+    shared_prefix="a prefix is found by its place in the table",
+  )
+  for other, why in reasons.items():
+    if options["memory_order"] and options[other]:
+      raise ValueError(
+        f"memory_order is True with {other}=True: {why}; drop one of the two"
+      )
 
 
 def _candidates(implementation, plan):

@@ -3,7 +3,8 @@
 An implementation is a module with
 
     attend(inputs, *, plan, interpret) -> (out [T, N, H], lse [T, N])
-    make_plan(page_table, lengths, query_starts, geometry) -> pytree  (optional)
+    make_plan(page_table, lengths, query_starts, geometry, *, num_tokens,
+      batch_invariant, shared_prefix, memory_order) -> pytree  (optional)
 
 `plan` is what its own `make_plan` returned, or None. It raises
 NotImplementedError, before it does anything else, for what it cannot do; the

@@ -234,7 +234,7 @@ MUTANTS = {
   ),
   "prefill: no window": (
     "hopper_prefill_compute.py",
-    "return own - position - (inputs.window - 1), last",
+    "return own - position - (self.inputs.window - 1), last",
     "return own * 0 - 99999, last",
     _VARIANT.format(1),
   ),
@@ -324,8 +324,8 @@ MUTANTS = {
   ),
   "prefill: one warpgroup's rows left out": (
     "hopper_prefill_compute.py",
-    "has_rows = wg * 64 < c.tokens_of(kind) * c.heads_of(kind)",
-    "has_rows = wg <= 0",
+    "has_rows = self.wg * 64 < c.tokens_of(kind) * c.heads_of(kind)",
+    "has_rows = self.wg <= 0",
     _MIXED,
   ),
   "prefill: tokens before position 0 see keys": (
@@ -351,8 +351,8 @@ MUTANTS = {
   ),
   "prefill: earlier weights keep their scale": (
     "hopper_prefill_compute.py",
-    "l = l * _across(scores.alpha, _PARTS) + _sum(p)",
-    "l = l + _sum(p)",
+    "l = l * softmax.across(scores.alpha, softmax.PARTS) + softmax.sums(p)",
+    "l = l + softmax.sums(p)",
     _PREFILL.format("test_logits_that_grow"),
   ),
   "prefill: earlier values keep their scale": (
@@ -363,8 +363,8 @@ MUTANTS = {
   ),
   "prefill: weights of late columns not summed": (
     "hopper_prefill_compute.py",
-    "l += _sum(p)",
-    "l += 0 * _sum(p)",
+    "l += softmax.sums(p)",
+    "l += 0 * softmax.sums(p)",
     _PREFILL.format("test_logits_that_grow"),
   ),
   "prefill: late columns weighted as the first ones": (
@@ -374,19 +374,19 @@ MUTANTS = {
     _PREFILL.format("test_logits_that_grow"),
   ),
   "prefill: LSE in units of log2": (
-    "hopper_prefill_compute.py",
-    "m * (1 / _LOG2E) + jnp.log(l)",
+    "hopper_prefill_softmax.py",
+    "m * (1 / LOG2E) + jnp.log(l)",
     "m + jnp.log(l)",
     _MIXED,
   ),
   "prefill: no sinks": (
-    "hopper_prefill_compute.py",
+    "hopper_prefill_softmax.py",
     "l = l * alpha + jnp.exp2(sink - shift)",
     "l = l * alpha",
     _MIXED,
   ),
   "prefill: tokens that no row owns get sinks": (
-    "hopper_prefill_compute.py",
+    "hopper_prefill_softmax.py",
     "sink = jnp.where(tile[plan.LENGTH] < 0, -jnp.inf, sink)",
     "sink = sink + 0",
     _MIXED,
