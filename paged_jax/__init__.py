@@ -7,6 +7,9 @@
     out = paged_attention(query, *pools, table.pages, table.lengths)
 """
 
+import importlib
+from typing import Any
+
 from paged_jax.cache.fork import copy_on_write as copy_on_write
 from paged_jax.cache.fork import copy_pages as copy_pages
 from paged_jax.cache.fork import fork as fork
@@ -21,3 +24,10 @@ from paged_jax.ops.api import paged_attention as paged_attention
 from paged_jax.ops.api import plan_attention as plan_attention
 from paged_jax.ops.plan import AttentionPlan as AttentionPlan
 from paged_jax.ops.write_kv import write_kv as write_kv
+
+
+def __getattr__(name: str) -> Any:
+  """Imports `paged_jax.nnx` and `paged_jax.linen`, and so flax, when asked."""
+  if name in ("nnx", "linen"):
+    return importlib.import_module(f"paged_jax.{name}")
+  raise AttributeError(f"module 'paged_jax' has no attribute {name!r}")

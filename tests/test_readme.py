@@ -21,6 +21,13 @@ def test_the_snippet_runs():
   assert names["table"].lengths.tolist() == [40, 7]
 
 
+def test_the_flax_snippet_runs():
+  names = {}
+  exec(_block("flax"), names)
+  assert names["y"].shape == (48, 64)
+  assert bool(names["ok"].all())
+
+
 def test_the_commands_name_what_exists():
   for marker in ("command: sweep", "command: test"):
     command = _block(marker).strip()

@@ -8,6 +8,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -28,8 +29,18 @@ class Loaded:
   """A model ready to run."""
 
   model: Transformer
-  tokenizer: tokenizer.Tokenizer | None  # None: random weights, no text
+  path: pathlib.Path | None  # of the weights; None: random ones, no text
   title: str  # for the first line of a report
+
+  @functools.cached_property
+  def tokenizer(self) -> tokenizer.Tokenizer | None:
+    """The weights' own, read when text is needed; None for random weights."""
+    if self.path is None:
+      return None
+    if not self.path.is_dir():
+      return tokenizer.from_gguf(self.path)
+    eos = huggingface.eos_tokens(self.path)
+    return tokenizer.from_json(self.path / "tokenizer.json", eos)
 
 
 def load(spec: Mapping[str, Any], *, seed: int = 0) -> Loaded:
@@ -61,15 +72,13 @@ def load(spec: Mapping[str, Any], *, seed: int = 0) -> Loaded:
       note += f", {num_layers} of {config.num_layers} layers"
       config = dataclasses.replace(config, num_layers=num_layers)
     model = Transformer(config, rngs=nnx.Rngs(seed))
-    return Loaded(model=model, tokenizer=None, title=f"{name} ({note})")
+    return Loaded(model=model, path=None, title=f"{name} ({note})")
   path = gguf.smollm2_path() if weights == "smollm2" else pathlib.Path(weights)
   if path.is_dir():
     model = huggingface.load_model(path, dtype=dtype)
-    text = tokenizer.from_json(path / "tokenizer.json", ["<|im_end|>"])
   else:
     model = gguf.load_model(path, dtype=dtype)
-    text = tokenizer.from_gguf(path)
-  return Loaded(model=model, tokenizer=text, title=path.stem)
+  return Loaded(model=model, path=path, title=path.stem)
 
 
 def device() -> str:

@@ -131,7 +131,20 @@ def copy_pages(
 
   Returns:
     The pool with `pool[..., targets] = pool[..., sources]`.
+
+  Raises:
+    ValueError: the pool has another rank, or there are not as many targets as
+      sources.
   """
+  if pool.ndim not in (4, 5):
+    raise ValueError(
+      f"pool has shape {pool.shape}: pass [P, K, p, H] or [L, P, K, p, H]"
+    )
+  if sources.shape != targets.shape:
+    raise ValueError(
+      f"targets has shape {targets.shape} but sources has {sources.shape}: "
+      "each source goes to one target"
+    )
   P = pool.shape[-4]
   sources = jnp.minimum(sources, P - 1)
   if pool.ndim == 4:

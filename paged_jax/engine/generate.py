@@ -8,7 +8,7 @@ row gives up its pages, and starts again from its tokens when a row is done. The
 host decides who takes part; everything else happens in the compiled steps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 import dataclasses
 import functools
 import itertools
@@ -26,6 +26,8 @@ from paged_jax.cache.page_table import PageTable
 from paged_jax.engine import sampling as sampling_lib
 from paged_jax.engine import steps
 from paged_jax.models.transformer import Transformer
+from paged_jax.ops import implementations
+from paged_jax.ops import inputs as inputs_lib
 
 _LEAST_BUCKET = 16  # packed tokens of the smallest prefill program
 
@@ -67,6 +69,7 @@ class Generator:
     combined: bool = False,
     prefill_tokens: int = 512,
     sampling: sampling_lib.Sampling | None = None,
+    plan_options: Sequence[str] = (),
     implementation: str | None = None,
     interpret: bool | None = None,
   ):
@@ -82,16 +85,17 @@ class Generator:
       prefill_tokens: most packed tokens of one prefill step; longer prompts go
         in chunks.
       sampling: how tokens are drawn; None: greedily.
+      plan_options: those of `plan_attention` that every step's plan has, such
+        as "memory_order".
       implementation: as in `paged_attention`.
       interpret: as in `paged_attention`.
 
     Raises:
-      ValueError: a size is not a positive int.
+      ValueError: a size is not a positive int, or a name is unknown.
     """
-    if prefill_tokens < 1:
-      raise ValueError(
-        f"prefill_tokens is {prefill_tokens!r}: pass an int of at least 1"
-      )
+    inputs_lib.check_int("prefill_tokens", prefill_tokens, 1)
+    if implementation is not None:
+      implementations.load(implementation)  # is there such a one?
     config = model.config
     self.config = config
     self.prefill_tokens = prefill_tokens
@@ -114,6 +118,7 @@ class Generator:
     graph, self._weights = nnx.split(model)
     options = steps.StepOptions(
       sampling=sampling or sampling_lib.Sampling(),
+      plan_options=tuple(plan_options),
       implementation=implementation,
       interpret=interpret,
     )
@@ -163,7 +168,7 @@ class Generator:
       RuntimeError: the pool has too few pages for one row alone.
     """
     B = self._table.num_sequences
-    self._check(prompts, max_new_tokens)
+    self._check(prompts, max_new_tokens, eos)
     if permute_seed is not None:
       self._scatter_pages(prompts, max_new_tokens, permute_seed)
     pending = {b: np.asarray(p, np.int32) for b, p in enumerate(prompts)}
@@ -294,16 +299,15 @@ class Generator:
     order = np.random.default_rng(seed).permutation(table.num_pages)
     self._table = permute_lib.permute_table(table, jnp.asarray(order))
 
-  def _check(self, prompts, max_new_tokens):
+  def _check(self, prompts, max_new_tokens, eos):
     B = self._table.num_sequences
     if not 0 < len(prompts) <= B:
       raise ValueError(
         f"prompts has {len(prompts)} entries: pass 1 to B={B} of them"
       )
-    if max_new_tokens < 1:
-      raise ValueError(
-        f"max_new_tokens is {max_new_tokens!r}: pass an int of at least 1"
-      )
+    inputs_lib.check_int("max_new_tokens", max_new_tokens, 1)
+    if not isinstance(eos, Collection) or isinstance(eos, str):
+      raise ValueError(f"eos is {eos!r}: pass a sequence of token ids")
     capacity = self._table.max_pages * self._table.page_size
     for i, prompt in enumerate(prompts):
       if not 0 < len(prompt) <= capacity - max_new_tokens + 1:
@@ -311,6 +315,10 @@ class Generator:
           f"prompts[{i}] has {len(prompt)} tokens: it needs at least one, and "
           f"with {max_new_tokens} new ones must fit the {capacity} tokens of "
           "a row; raise max_pages or shorten it"
+        )
+      if not np.issubdtype(np.asarray(prompt).dtype, np.integer):
+        raise ValueError(
+          f"prompts[{i}] is {prompt!r}: pass token ids, as a tokenizer gives"
         )
       if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
         raise ValueError(

@@ -27,6 +27,7 @@ class StepOptions:
   sampling: sampling_lib.Sampling = dataclasses.field(
     default_factory=sampling_lib.Sampling
   )
+  plan_options: tuple[str, ...] = ()  # see `models.step.prefill_step`
   implementation: str | None = None
   interpret: bool | None = None
 
@@ -74,6 +75,7 @@ def prefill(
     num_tokens,
     model.config.attention,
     total=tokens.shape[0],
+    plan_options=options.plan_options,
     implementation=options.implementation,
     interpret=options.interpret,
   )
@@ -107,6 +109,7 @@ def decode(
     table,
     active,
     model.config.attention,
+    plan_options=options.plan_options,
     implementation=options.implementation,
     interpret=options.interpret,
   )

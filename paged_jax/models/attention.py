@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from paged_jax.cache.pool import Cache
 from paged_jax.models import rotary
 from paged_jax.ops import api
+from paged_jax.ops import inputs as inputs_lib
 from paged_jax.ops import write_kv as write_kv_lib
 
 
@@ -37,9 +38,9 @@ class AttentionConfig:
 
   def __post_init__(self):
     for name in ("features", "num_heads", "num_kv_heads", "head_dim"):
-      size = getattr(self, name)
-      if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"{name} is {size!r}: pass an int of at least 1")
+      inputs_lib.check_int(name, getattr(self, name), 1)
+    inputs_lib.check_causal(True, self.window)
+    inputs_lib.check_dtype("dtype", self.dtype)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_heads is {self.num_heads}, not a multiple of num_kv_heads="
@@ -111,7 +112,7 @@ def attend_paged(
     layer=layer,
     window=config.window,
     soft_cap=config.soft_cap,
-    plan=step.plan,
+    plan=step.plan_for(config),
     implementation=step.implementation,
     interpret=step.interpret,
   )

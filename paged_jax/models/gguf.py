@@ -100,6 +100,14 @@ def load_config(reader: Any, dtype: str = "float32") -> ModelConfig:
       "the GGUF file holds rope_freqs.weight, scaled rotary frequencies that "
       "this reader does not know: load the safetensors checkpoint instead"
     )
+  for key, plain in (("rope.scaling.type", "none"), ("rope.scaling.factor", 1),
+                     ("attention.sliding_window", 0)):
+    value = metadata(reader, f"{arch}.{key}", plain)
+    if value != plain:
+      raise ValueError(
+        f"the GGUF file has {arch}.{key} {value!r}, which this reader does not "
+        "know: load the safetensors checkpoint instead"
+      )
   features = metadata(reader, "{arch}.embedding_length")
   num_heads = metadata(reader, "{arch}.attention.head_count")
   (vocab,) = (

@@ -44,11 +44,20 @@ def parse_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     raise ValueError(
       f"config.json has model_type {kind!r}: llama, qwen2 and qwen3 are known"
     )
+  needed = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "intermediate_size",
+  )
+  missing = [name for name in needed if name not in values]
+  if missing:
+    raise ValueError(f"config.json lacks {', '.join(missing)}")
+  act = values.get("hidden_act", "silu")
+  if act != "silu":
+    raise ValueError(f"config.json has hidden_act {act!r}: silu is known")
   num_heads = values["num_attention_heads"]
   # Newer files keep theta and the scaling in one entry.
   rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
   theta = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
-  window = values.get("sliding_window")
   return ModelConfig(
     vocab_size=values["vocab_size"],
     features=values["hidden_size"],
@@ -60,11 +69,30 @@ def parse_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     qkv_bias=kind == "qwen2",
     qk_norm=kind == "qwen3",
     tied=values.get("tie_word_embeddings", False),
-    norm_epsilon=values["rms_norm_eps"],
+    norm_epsilon=values.get("rms_norm_eps", 1e-6),
     rope=Rope(theta=theta, scaling=_scaling(rope)),
-    window=window if values.get("use_sliding_window") else None,
+    window=_window(values),
     dtype=dtype,
   )
+
+
+def _window(values: dict[str, Any]) -> int | None:
+  """The window of all layers; the first `max_window_layers` have none."""
+  window = values.get("sliding_window")
+  if not values.get("use_sliding_window") or window is None:
+    return None
+  num_layers = values["num_hidden_layers"]
+  kinds = values.get("layer_types")
+  if kinds is None:
+    full = min(values.get("max_window_layers", 0), num_layers)
+    kinds = ["full_attention"] * full
+    kinds += ["sliding_attention"] * (num_layers - full)
+  if len(set(kinds)) > 1:
+    raise ValueError(
+      f"config.json has layer_types {sorted(set(kinds))}: models whose layers "
+      "are all of one kind are known"
+    )
+  return window if kinds[0] == "sliding_attention" else None
 
 
 def _scaling(rope: dict[str, Any]) -> Llama3Scaling | None:
@@ -108,12 +136,35 @@ def load_model(
       f"folder is {str(folder)!r}: it must hold config.json and "
       "*.safetensors; download a checkpoint of Qwen2, Qwen3 or Llama there"
     )
-  config = parse_config(json.loads((folder / "config.json").read_text()), dtype)
+  config = parse_config(_read_json(folder / "config.json"), dtype)
   tensors = {}
   for file in files:
     with safetensors.safe_open(file, framework="flax") as opened:
       tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
   return from_tensors(config, tensors)
+
+
+def eos_tokens(folder: str | pathlib.Path) -> tuple[int, ...]:
+  """Returns the ids that end a text, as a checkpoint folder states them.
+
+  Raises:
+    ValueError: neither generation_config.json nor config.json does.
+  """
+  for name in ("generation_config.json", "config.json"):
+    path = pathlib.Path(folder) / name
+    ids = _read_json(path).get("eos_token_id") if path.is_file() else None
+    if ids is not None:
+      return tuple(ids) if isinstance(ids, list) else (ids,)
+  raise ValueError(
+    f"{str(folder)!r} states no eos_token_id: add it to config.json"
+  )
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def from_tensors(
@@ -132,6 +183,8 @@ def from_tensors(
   for name, array in tensors.items():
     if name == "lm_head.weight" and config.tied:
       continue  # some files repeat the embedding
+    if name.endswith("rotary_emb.inv_freq"):
+      continue  # older files hold what the config says
     where = _where(name)
     arrays[where] = array.T if where[-1] == "kernel" else array
   return weights.assemble(config, arrays)

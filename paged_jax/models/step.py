@@ -7,6 +7,7 @@ is made once and shared by all of them. The layer writes K and V to `slots`
 before it attends, so the table may advance first: slots are taken before.
 """
 
+from collections.abc import Sequence
 import dataclasses
 
 import jax
@@ -42,6 +43,16 @@ class Step:
     default=None, metadata=dict(static=True)
   )
 
+  def plan_for(self, config: AttentionConfig) -> AttentionPlan | None:
+    """Returns the plan for a layer; None where its window is not the step's.
+
+    Such a layer plans for itself, as a model's few global layers may.
+    """
+    geometry = self.plan and self.plan.geometry
+    if geometry is None or geometry.window == config.window:
+      return self.plan
+    return None
+
 
 def prefill_step(
   table: PageTable,
@@ -49,6 +60,7 @@ def prefill_step(
   config: AttentionConfig,
   *,
   total: int,
+  plan_options: Sequence[str] = (),
   implementation: str | None = None,
   interpret: bool | None = None,
 ) -> tuple[PageTable, Step, Bool[Array, "B"]]:
@@ -56,18 +68,23 @@ def prefill_step(
 
   Args:
     table: the table.
-    num_tokens: int32 [B], new tokens a row, 0 for rows that sit out; their sum
-      at most `total`.
+    num_tokens: int32 [B], new tokens a row, 0 for rows that sit out.
     config: the attention geometry, for the plan.
     total: T, static number of packed tokens; those beyond the sum are idle.
+    plan_options: those of `plan_attention` to turn on: "memory_order",
+      "shared_prefix", "batch_invariant".
     implementation: as in `paged_attention`.
     interpret: as in `paged_attention`.
 
   Returns:
     (table, step, ok): the advanced table, and ok [B], whether the row got its
-    pages. The tokens of a row that did not are idle: nothing is written.
+    pages and its tokens lie within T. Nothing is written for a row that did
+    not, and what lies beyond T sits out.
   """
+  within = jnp.cumsum(num_tokens) <= total
+  num_tokens = jnp.where(within, num_tokens, 0)
   reserved, ok = page_table_lib.reserve(table, num_tokens)
+  ok &= within
   slots = page_table_lib.slot_mapping(reserved, num_tokens, total)
   advanced = page_table_lib.advance(reserved, num_tokens)
   starts = jnp.cumulative_sum(num_tokens, include_initial=True)
@@ -78,6 +95,7 @@ def prefill_step(
   step = _step(
     advanced,
     config,
+    plan_options,
     positions=table.lengths[row] + token - starts[row],
     slots=slots,
     query_starts=starts,
@@ -95,6 +113,7 @@ def decode_step(
   active: Bool[Array, "B"],
   config: AttentionConfig,
   *,
+  plan_options: Sequence[str] = (),
   implementation: str | None = None,
   interpret: bool | None = None,
 ) -> tuple[PageTable, Step, Bool[Array, "B"]]:
@@ -104,6 +123,7 @@ def decode_step(
     table: the table.
     active: bool [B]; the tokens of other rows are idle.
     config: the attention geometry, for the plan.
+    plan_options: as in `prefill_step`.
     implementation: as in `paged_attention`.
     interpret: as in `paged_attention`.
 
@@ -122,6 +142,7 @@ def decode_step(
   step = _step(
     advanced,
     config,
+    plan_options,
     positions=table.lengths,
     slots=slots,
     query_starts=None,
@@ -133,7 +154,7 @@ def decode_step(
   return advanced, step, ok
 
 
-def _step(table, config, *, query_starts, lengths, **fields):
+def _step(table, config, plan_options, *, query_starts, lengths, **fields):
   plan = api.plan_attention(
     table.pages,
     lengths,
@@ -147,6 +168,7 @@ def _step(table, config, *, query_starts, lengths, **fields):
     num_tokens=fields["positions"].shape[0],
     window=config.window,
     implementation=fields["implementation"],
+    **dict.fromkeys(plan_options, True),
   )
   return Step(
     query_starts=query_starts,

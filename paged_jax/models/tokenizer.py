@@ -102,26 +102,26 @@ def from_gguf(path: str | pathlib.Path) -> BpeTokenizer:
   return BpeTokenizer(tokenizer, [eos])
 
 
-def from_json(path: str | pathlib.Path, eos: Sequence[str]) -> BpeTokenizer:
+def from_json(path: str | pathlib.Path, eos: Sequence[int]) -> BpeTokenizer:
   """Returns the tokenizer of a tokenizer.json.
 
   Args:
     path: the file.
-    eos: the tokens that end a text, such as "<|im_end|>".
+    eos: ids of the tokens that end a text, such as that of "<|im_end|>".
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: the vocabulary lacks a token of `eos`.
+    ValueError: the vocabulary lacks an id of `eos`.
   """
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(f"path is {str(path)!r}: there is no such file")
   tokenizer = _library().Tokenizer.from_file(str(path))
-  ids = [tokenizer.token_to_id(token) for token in eos]
-  if None in ids:
-    raise ValueError(
-      f"eos is {list(eos)}: {eos[ids.index(None)]!r} is not in the vocabulary"
-    )
-  return BpeTokenizer(tokenizer, ids)
+  for number in eos:
+    if tokenizer.id_to_token(number) is None:
+      raise ValueError(
+        f"eos is {list(eos)}: {number} is not in the vocabulary of {path}"
+      )
+  return BpeTokenizer(tokenizer, eos)
 
 
 def chat_prompt(message: str, system: str = _SMOLLM2_SYSTEM) -> str:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from paged_jax.ops import implementations
@@ -45,11 +44,12 @@ def paged_attention(
                       |   |   |
       positions      0-3 4-7 8-9              slots 28..31, 8..11, 36..37
 
-  Only live slots are read: whatever dead slots hold changes no bit.
+  Only live slots are read: whatever dead slots hold changes no bit. Forward
+  only: there is no gradient.
 
   Args:
     query: packed query tokens [T, N, H]; float32, float16 or bfloat16. "hopper"
-      copies prompts by 8 tokens: let T be a multiple of 8 there.
+      copies it first where T * N is no multiple of 8 and it decodes.
     k_pages: pool of keys [P, K, p, H], or [L, P, K, p, H] with `layer`, in the
       query's dtype; N a multiple of K.
     v_pages: pool of values, shaped as k_pages; None if one pool holds both (the
@@ -162,7 +162,8 @@ def plan_attention(
     lengths: int32 [B], KV tokens of each sequence, the new ones included.
     query_starts: int32 [B+1], or None for one token a sequence.
     num_heads: N. Where any of the five geometry arguments is missing, each call
-      makes its own work and the plan only guards against stale tables.
+      makes its own work and the plan only guards against stale tables; where
+      all are given, calls of another geometry are refused.
     num_kv_heads: K.
     head_dim: H.
     page_size: p, tokens.
@@ -183,8 +184,7 @@ def plan_attention(
       Worth it for many rows, few queries each, over 256 such tokens or more;
       costs a little where there are fewer. Results are right either way, but
       not the bits of a plan without. Done by "hopper" in bfloat16 and
-      float16, without a window; other implementations ignore it. Automatic
-      choice takes "hopper" for it where it can.
+      float16, without a window; other implementations ignore it.
     memory_order: whether pages may be read in the order in which they lie in
       memory, not that of the table, which DRAM answers up to 4 % sooner, mostly
       1 to 2. Worth it where a layer reads hundreds of MB of KV from scattered
@@ -212,7 +212,8 @@ def plan_attention(
     page_size=page_size,
     max_query_length=max_query_length,
   )
-  _check_sizes(**sizes, num_tokens=num_tokens, window=window)
+  _check_sizes(**sizes, num_tokens=num_tokens)
+  inputs_lib.check_causal(causal, window)
   known = dtype is not None and None not in sizes.values()
   options = dict(
     batch_invariant=batch_invariant,
@@ -227,25 +228,24 @@ def plan_attention(
         f"batch_invariant with implementation {implementation!r}: only "
         "'hopper' can"
       )
-  names = implementations.candidates(implementation)
-  name = "hopper" if shared_prefix and "hopper" in names else names[0]
+  name = implementations.candidates(implementation)[0]
   make = getattr(implementations.load(name), "make_plan", None)
   geometry = work = None
-  if make is not None and known:
+  if known:
     geometry = plan_lib.Geometry(
       **sizes,
-      dtype=str(jnp.dtype(dtype)),
+      dtype=inputs_lib.check_dtype("dtype", dtype),
       causal=causal,
       window=window,
       combined=page_table.ndim == 3,
     )
+  if known and make is not None:
     step = page_table, lengths, query_starts
     try:
       work = make(*step, geometry, num_tokens=num_tokens, **options)
     except NotImplementedError:
       if implementation is not None:
         raise
-      geometry = None
   return plan_lib.AttentionPlan(
     page_table=page_table,
     lengths=lengths,

@@ -191,15 +191,7 @@ def normalise(
         "heads: give one sink logit a query head"
       )
     sinks = sinks.astype(jnp.promote_types(query.dtype, jnp.float32))
-  if not isinstance(causal, bool | np.bool_):
-    raise ValueError(f"causal is {causal!r}: pass True or False")
-  if window is not None:
-    check_int("window", window, 1)
-    if not causal:
-      raise ValueError(
-        f"window is {window} with causal=False: a sliding window is defined "
-        "for causal attention only; drop one of the two"
-      )
+  check_causal(causal, window)
   inputs = Inputs(
     query=query,
     k_pages=k_pages,
@@ -302,6 +294,31 @@ def check_int(name: str, value: Any, least: int) -> None:
   is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
   if not is_int or value < least:
     raise ValueError(f"{name} is {value!r}: pass an int of at least {least}")
+
+
+def check_causal(causal: Any, window: Any) -> None:
+  """Raises ValueError unless the two are what they should be, and go together.
+  """
+  if not isinstance(causal, bool | np.bool_):
+    raise ValueError(f"causal is {causal!r}: pass True or False")
+  if window is not None:
+    check_int("window", window, 1)
+    if not causal:
+      raise ValueError(
+        f"window is {window} with causal=False: a sliding window is defined "
+        "for causal attention only; drop one of the two"
+      )
+
+
+def check_dtype(name: str, value: Any) -> str:
+  """Returns the name of a dtype that attention can have."""
+  try:
+    dtype = str(jnp.dtype(value))
+  except TypeError:
+    dtype = None
+  if dtype not in FLOATS:
+    raise ValueError(f"{name} is {value!r}: pass one of {', '.join(FLOATS)}")
+  return dtype
 
 
 def is_concrete(*arrays: Any) -> bool:

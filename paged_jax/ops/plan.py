@@ -49,7 +49,7 @@ class AttentionPlan:
   work: Any  # the implementation's own arrays; None if it needs none
   # The implementation that `work` is for.
   implementation: str = dataclasses.field(metadata=dict(static=True))
-  # None if plan_attention was not told: then `work` is None too.
+  # None if plan_attention was not told all of it: then `work` is None too.
   geometry: Geometry | None = dataclasses.field(metadata=dict(static=True))
   # T that `work` is for; None: any.
   num_tokens: int | None = dataclasses.field(
@@ -78,7 +78,7 @@ def check_plan(
     raise ValueError(
       f"plan is a {type(plan).__name__}: pass what plan_attention returned"
     )
-  if plan.work is not None:
+  if plan.geometry is not None:
     made, now = vars(plan.geometry), vars(geometry)
     for name, value in now.items():
       if made[name] != value:

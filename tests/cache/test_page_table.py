@@ -140,6 +140,13 @@ def test_a_forked_row_writes_without_changing_its_parent(combined):
   same(copied[k_of(0)[1]], pool[k_of(0)[1]])
 
 
+def test_copy_pages_names_the_bad_argument():
+  with pytest.raises(ValueError, match=r"pool has shape \(8, 4, 2\)"):
+    paged_jax.copy_pages(jnp.ones((8, 4, 2)), i32(0), i32(1))
+  with pytest.raises(ValueError, match=r"targets has shape \(2,\)"):
+    paged_jax.copy_pages(jnp.ones((8, 1, 4, 2)), i32(0), i32(1, 2))
+
+
 def test_copy_on_write_fails_in_an_exhausted_pool():
   table, _ = paged_jax.reserve(make(num_pages=2), i32(6, 0, 0))
   table = paged_jax.advance(table, i32(6, 0, 0))

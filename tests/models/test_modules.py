@@ -1,6 +1,8 @@
 """The attention modules: Linen equals NNX, and bad sizes are named."""
 
 import dataclasses
+import subprocess
+import sys
 
 from flax import nnx
 import jax
@@ -76,8 +78,75 @@ def test_linen_equals_nnx():
     (dict(head_dim=7), "head_dim is 7"),
     (dict(features=0), "features is 0"),
     (dict(num_kv_heads=2.0), "num_kv_heads is 2.0"),
+    (dict(window=0), "window is 0"),
+    (dict(dtype="foo"), "dtype is 'foo'.*float32"),
   ],
 )
 def test_bad_sizes(change, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(_CONFIG, **change)
+
+
+def _prefilled(config, counts, total, **options):
+  table = page_table.create_page_table(
+    num_pages=9, page_size=4, num_sequences=2, max_pages=4
+  )
+  counts = jnp.array(counts, jnp.int32)
+  return step_lib.prefill_step(table, counts, config, total=total, **options)
+
+
+def test_rows_that_do_not_fit_the_packed_tokens_sit_out():
+  before = jax.jit(lambda: _prefilled(_CONFIG, [3, 4], 5))
+  table, step, ok = before()
+  assert ok.tolist() == [True, False]
+  assert table.lengths.tolist() == [3, 0]
+  assert step.lengths.tolist() == [3, 0]
+  assert step.query_starts.tolist() == [0, 3, 3]
+
+
+def test_a_layer_with_another_window_plans_for_itself():
+  """The step's plan is for one window; the result is the layer's own."""
+  local = _CONFIG
+  everywhere = dataclasses.replace(_CONFIG, window=None)
+  layer = paged_nnx.PagedAttention(local, rngs=nnx.Rngs(0))
+  x = jax.random.normal(jax.random.key(0), (12, 24))
+  cache = pool.create_cache(
+    num_layers=1, num_pages=9, num_kv_heads=2, page_size=4, head_dim=8
+  )
+  outs = []
+  for planned in (local, everywhere):
+    _, step, _ = _prefilled(planned, [9, 3], 12)
+    assert step.plan.geometry.window == planned.window
+    outs.append(layer(x, cache, step, layer=0)[0])
+  np.testing.assert_array_equal(*outs)
+  assert step.plan_for(everywhere) is step.plan
+  assert step.plan_for(local) is None
+
+
+def test_a_step_of_another_page_size_is_refused():
+  layer = paged_nnx.PagedAttention(_CONFIG, rngs=nnx.Rngs(0))
+  _, step, _ = _prefilled(_CONFIG, [9, 3], 12)
+  cache = pool.create_cache(
+    num_layers=1, num_pages=9, num_kv_heads=2, page_size=8, head_dim=8
+  )
+  with pytest.raises(ValueError, match="made for page_size=4"):
+    layer(jnp.ones((12, 24)), cache, step, layer=0)
+
+
+def test_a_step_takes_the_options_of_plans():
+  config = dataclasses.replace(_CONFIG, dtype="bfloat16", head_dim=64)
+  with pytest.raises(NotImplementedError, match="batch_invariant with"):
+    _prefilled(
+      config, [9, 3], 12, plan_options=("batch_invariant",),
+      implementation="xla",
+    )
+  with pytest.raises(TypeError, match="fast"):
+    _prefilled(config, [9, 3], 12, plan_options=("fast",))
+
+
+def test_the_modules_are_found_in_the_package():
+  code = (
+    "import sys, paged_jax; assert 'flax' not in sys.modules; "
+    "paged_jax.nnx.PagedAttention, paged_jax.linen.PagedAttention"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)

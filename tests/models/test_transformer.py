@@ -199,3 +199,64 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     huggingface.from_tensors(config, bad)
   with pytest.raises(ValueError, match="model_type 'gpt2'"):
     huggingface.parse_config(dict(model_type="gpt2"), "float32")
+
+
+@pytest.mark.parametrize(
+  "change, window",
+  [
+    (dict(), 8),
+    (dict(use_sliding_window=False), None),
+    (dict(max_window_layers=2), None),
+    (dict(layer_types=["full_attention"] * 2), None),
+    (dict(layer_types=["sliding_attention"] * 2, max_window_layers=9), 8),
+  ],
+)
+def test_which_layers_have_a_window(change, window):
+  values = _config_json(checkpoints.variant("qwen2"), "qwen2")
+  values |= dict(use_sliding_window=True, sliding_window=8) | change
+  assert huggingface.parse_config(values, "float32").window == window
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(use_sliding_window=True, sliding_window=8, max_window_layers=1),
+     "layers are all of one kind"),
+    (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+    (dict(rope_scaling=dict(rope_type="yarn")), "'yarn'"),
+  ],
+)
+def test_configs_that_are_not_known(change, message):
+  values = _config_json(checkpoints.variant("qwen2"), "qwen2")
+  with pytest.raises(ValueError, match=message):
+    huggingface.parse_config(values | change, "float32")
+
+
+def test_configs_that_lack_something(tmp_path):
+  values = _config_json(checkpoints.variant("qwen2"), "qwen2")
+  del values["hidden_size"], values["rms_norm_eps"]
+  with pytest.raises(ValueError, match="lacks hidden_size$"):
+    huggingface.parse_config(values, "float32")
+  (tmp_path / "config.json").write_text("{")
+  (tmp_path / "x.safetensors").write_text("")
+  with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+    huggingface.load_model(tmp_path)
+
+
+def test_tokens_that_end_a_text(tmp_path):
+  (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+  assert huggingface.eos_tokens(tmp_path) == (7,)
+  text = '{"eos_token_id": [7, 9]}'
+  (tmp_path / "generation_config.json").write_text(text)
+  assert huggingface.eos_tokens(tmp_path) == (7, 9)
+  for name in ("config.json", "generation_config.json"):
+    (tmp_path / name).write_text("{}")
+  with pytest.raises(ValueError, match="states no eos_token_id"):
+    huggingface.eos_tokens(tmp_path)
+
+
+def test_older_checkpoints_hold_frequencies():
+  config = checkpoints.variant("llama3")
+  tensors = checkpoints.random_tensors(config)
+  name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+  huggingface.from_tensors(config, tensors | {name: np.ones(4)})

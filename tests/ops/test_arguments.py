@@ -197,6 +197,12 @@ BAD_PLAN = {
   "promise": (dict(max_query_length=0, query_starts=i32(0, 1, 2)),
               r"max_query_length is 0"),
   "window": (dict(window=0), r"window is 0"),
+  "causal": (dict(causal="x"), r"causal is 'x'"),
+  "not causal": (dict(causal=False, window=4), r"window is 4 with causal=Fal"),
+  "dtype": (
+    dict(num_heads=2, num_kv_heads=1, head_dim=8, page_size=4, dtype="float7"),
+    r"dtype is 'float7'",
+  ),
   "num_tokens": (dict(num_tokens=-1), r"num_tokens is -1"),
   "batch_invariant": (dict(batch_invariant=1), r"batch_invariant is 1"),
   "shared_prefix": (dict(shared_prefix="no"), r"shared_prefix is 'no'"),
@@ -249,3 +255,17 @@ def test_a_named_implementation_runs_or_raises():
       paged_jax.paged_attention(
         **arguments(**wide, implementation="triton"), interpret=True
       )
+
+
+def test_a_plan_of_another_geometry_is_refused():
+  """By implementations too that make no work of their own."""
+  given = arguments()
+  known = dict(
+    num_heads=N, num_kv_heads=K, head_dim=H, page_size=p, dtype="float32"
+  )
+  for name, wrong in dict(num_heads=2 * N, page_size=2 * p, window=3).items():
+    plan = paged_jax.plan_attention(
+      given["page_table"], given["lengths"], **known | {name: wrong}
+    )
+    with pytest.raises(ValueError, match=f"plan was made for {name}={wrong}"):
+      paged_jax.paged_attention(**given, plan=plan)
