@@ -15,6 +15,7 @@ _ALLOWED = {
   "nnx": {"models"},
   "linen": {"models"},
   "engine": {"cache", "ops", "models"},
+  "simulate": set(),
   "train": {"models"},
 }
 

@@ -118,37 +118,8 @@ def normalise(
   """
   query = as_array("query", query, ("T", "N", "H"), FLOATS)
   num_tokens, num_heads, head_dim = query.shape
-  k_pages, at_layer = as_pool("k_pages", k_pages, layer)
-  one_pool = v_pages is None
-  if one_pool:
-    v_pages = k_pages
-  else:
-    v_pages, _ = as_pool("v_pages", v_pages, layer)
-    if v_pages.shape != k_pages.shape:
-      raise ValueError(
-        f"v_pages has shape {v_pages.shape} but k_pages has {k_pages.shape}: "
-        "both pools must have the same shape; allocate them together"
-      )
-  for name, pool in (("k_pages", k_pages), ("v_pages", v_pages)):
-    if pool.dtype != query.dtype:
-      raise ValueError(
-        f"{name} has dtype {pool.dtype} but query has {query.dtype}: cast the "
-        "query, or allocate the pool in the query's dtype"
-      )
-  if at_layer is None:
-    k_pages, v_pages, at_layer = k_pages[None], v_pages[None], jnp.int32(0)
-  _, num_pages, num_kv_heads, page_size, pool_dim = k_pages.shape
-  if pool_dim != head_dim:
-    raise ValueError(
-      f"k_pages has head dim {pool_dim} but query has {head_dim}: their last "
-      "axes must agree"
-    )
-  if num_heads % num_kv_heads:
-    raise ValueError(
-      f"query has N={num_heads} heads, not a multiple of K={num_kv_heads} in "
-      "k_pages: every kv head must serve the same number of query heads"
-    )
-  check_addressable(num_pages, page_size)
+  one_pool, decode = v_pages is None, query_starts is None
+  k_pages, v_pages, at_layer = _pools(query, k_pages, v_pages, layer)
   k_table, v_table, combined = _tables(page_table, one_pool)
   lengths = as_array("lengths", lengths, ("B",), ("int32",))
   num_sequences = k_table.shape[0]
@@ -157,32 +128,9 @@ def normalise(
       f"lengths has {lengths.shape[0]} rows but page_table has "
       f"{num_sequences}: give one length a table row"
     )
-  decode = query_starts is None
-  if decode:
-    if num_tokens != num_sequences:
-      raise ValueError(
-        f"query has T={num_tokens} tokens for B={num_sequences} sequences and "
-        "query_starts is omitted, which means one token a sequence: pass "
-        "query_starts [B+1] for packed queries"
-      )
-    if max_query_length not in (None, 1):
-      raise ValueError(
-        f"max_query_length is {max_query_length} but query_starts is omitted, "
-        "which means one token a sequence: omit it or pass query_starts"
-      )
-    query_starts = jnp.arange(num_sequences + 1, dtype=jnp.int32)
-    max_query_length = 1
-  else:
-    query_starts = as_array("query_starts", query_starts, ("B+1",), ("int32",))
-    if query_starts.shape[0] != num_sequences + 1:
-      raise ValueError(
-        f"query_starts has {query_starts.shape[0]} entries for "
-        f"B={num_sequences} sequences: it needs B+1={num_sequences + 1}, the "
-        "last one being the number of tokens used"
-      )
-    if max_query_length is None:
-      max_query_length = max(num_tokens, 1)
-    check_int("max_query_length", max_query_length, 1)
+  query_starts, max_query_length = _starts(
+    query_starts, max_query_length, num_tokens, num_sequences
+  )
   if sinks is not None:
     sinks = as_array("sinks", sinks, ("N",), FLOATS)
     if sinks.shape[0] != num_heads:
@@ -326,6 +274,42 @@ def is_concrete(*arrays: Any) -> bool:
   return not any(isinstance(x, core.Tracer) for x in arrays)
 
 
+def _pools(query, k_pages, v_pages, layer):
+  """Returns both pools, 5-D and fit for the query, and which layer to read."""
+  k_pages, at_layer = as_pool("k_pages", k_pages, layer)
+  if v_pages is None:
+    v_pages = k_pages
+  else:
+    v_pages, _ = as_pool("v_pages", v_pages, layer)
+    if v_pages.shape != k_pages.shape:
+      raise ValueError(
+        f"v_pages has shape {v_pages.shape} but k_pages has {k_pages.shape}: "
+        "both pools must have the same shape; allocate them together"
+      )
+  for name, pool in (("k_pages", k_pages), ("v_pages", v_pages)):
+    if pool.dtype != query.dtype:
+      raise ValueError(
+        f"{name} has dtype {pool.dtype} but query has {query.dtype}: cast the "
+        "query, or allocate the pool in the query's dtype"
+      )
+  if at_layer is None:
+    k_pages, v_pages, at_layer = k_pages[None], v_pages[None], jnp.int32(0)
+  _, num_pages, num_kv_heads, page_size, pool_dim = k_pages.shape
+  _, num_heads, head_dim = query.shape
+  if pool_dim != head_dim:
+    raise ValueError(
+      f"k_pages has head dim {pool_dim} but query has {head_dim}: their last "
+      "axes must agree"
+    )
+  if num_heads % num_kv_heads:
+    raise ValueError(
+      f"query has N={num_heads} heads, not a multiple of K={num_kv_heads} in "
+      "k_pages: every kv head must serve the same number of query heads"
+    )
+  check_addressable(num_pages, page_size)
+  return k_pages, v_pages, at_layer
+
+
 def _tables(page_table, one_pool):
   combined = getattr(page_table, "ndim", None) == 3
   axes = ("B", "2", "M") if combined or one_pool else ("B", "M")
@@ -342,6 +326,34 @@ def _tables(page_table, one_pool):
   if not combined:
     return table, table, False
   return table[:, 0], table[:, 1], True
+
+
+def _starts(query_starts, max_query_length, num_tokens, num_sequences):
+  """Returns query_starts and max_query_length, of one token each if omitted."""
+  if query_starts is None:
+    if num_tokens != num_sequences:
+      raise ValueError(
+        f"query has T={num_tokens} tokens for B={num_sequences} sequences and "
+        "query_starts is omitted, which means one token a sequence: pass "
+        "query_starts [B+1] for packed queries"
+      )
+    if max_query_length not in (None, 1):
+      raise ValueError(
+        f"max_query_length is {max_query_length} but query_starts is omitted, "
+        "which means one token a sequence: omit it or pass query_starts"
+      )
+    return jnp.arange(num_sequences + 1, dtype=jnp.int32), 1
+  query_starts = as_array("query_starts", query_starts, ("B+1",), ("int32",))
+  if query_starts.shape[0] != num_sequences + 1:
+    raise ValueError(
+      f"query_starts has {query_starts.shape[0]} entries for "
+      f"B={num_sequences} sequences: it needs B+1={num_sequences + 1}, the "
+      "last one being the number of tokens used"
+    )
+  if max_query_length is None:
+    max_query_length = max(num_tokens, 1)
+  check_int("max_query_length", max_query_length, 1)
+  return query_starts, max_query_length
 
 
 def _positive(name, value):

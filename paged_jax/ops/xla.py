@@ -144,142 +144,217 @@ def _on_cpu() -> bool:
 
 def _segments(inputs, segments, rows):
   """Attention of S segments: out [S, rows, N, H], lse [S, rows, N]."""
-  K, G, H = inputs.num_kv_heads, inputs.group_size, inputs.head_dim
-  p, P, M = inputs.page_size, inputs.num_pages, inputs.max_pages
-  T, S = inputs.num_tokens, segments.sequence.shape[0]
-  dtype = inputs.accumulator_dtype
-  # CPUs convert anyway; tensor cores take half precision as it is.
-  operand = dtype if _on_cpu() else inputs.query.dtype
-  c, W = _tiling(inputs, rows, S)
+  S, dtype = segments.sequence.shape[0], inputs.accumulator_dtype
+  walk = _Walk(inputs, segments, rows)
+  W = walk.lane.size
 
-  sequence = jnp.minimum(segments.sequence, inputs.num_sequences - 1)
-  token = segments.start[:, None] + jnp.arange(rows)
-  query = inputs.query[jnp.minimum(token, T - 1)].astype(operand)
-  query = query.reshape(S, rows, K, G, H).transpose(0, 2, 1, 3, 4)
-  query = query.reshape(S, K, rows * G, H)
-  length = inputs.lengths[sequence]
-  # Position of the segment's first query, and the keys any of its rows sees.
-  at = length - (segments.end - segments.start)
-  low, high = jnp.zeros_like(at), length
-  if inputs.causal:
-    high = jnp.minimum(high, at + segments.count)
-  if inputs.window is not None:
-    low = jnp.maximum(low, at - inputs.window + 1)
-  page = low // p
-  some = (segments.count > 0) & (high > low)
-  tiles = jnp.where(some, -(-(high - page * p) // (c * p)), 0)
-  ends = jnp.cumsum(tiles)
-  firsts, total = ends - tiles, ends[-1]
-  share = (total + W - 1) // W  # tiles a lane, or one less
-  lane = jnp.arange(W)
-  lane_tiles = jnp.arange(W + 1) * total // W  # where each lane's tiles begin
-  k_table = jnp.clip(inputs.k_table, 0, P - 1)
-  v_table = jnp.clip(inputs.v_table, 0, P - 1) if inputs.combined else k_table
-  # One row = one page of one head, contiguous; no layer is sliced out.
-  k_pool = inputs.k_pages.reshape(-1, p * H)
-  v_pool = inputs.v_pages.reshape(-1, p * H)
-  element = jnp.arange(p * H)
+  def one_tile(i, carry):
+    # The next tile's rows travel in the carry: XLA would otherwise fuse their
+    # arithmetic into the copy, and repeat it for every element.
+    state, tile = carry
+    k, v = walk.load(tile)
+    logits = walk.logits(tile, k)
+    row = walk.lane + tile.segment
+    # The lanes of a single segment have the rows in order.
+    new = _fold(state if S == 1 else [x[row] for x in state], logits, v)
+    if S > 1:
+      new = tuple(x.at[row].set(y) for x, y in zip(state, new))
+    return new, walk.locate(i + 1)
 
-  def locate(i):
-    """Where the lanes' i-th tiles lie: segment, position, rows, bounds."""
-    tile = lane_tiles[:-1] + i
-    s = jnp.minimum(jnp.sum(ends <= tile[:, None], axis=-1), S - 1)
-    mine = tile < lane_tiles[1:]
+  shape = (W + S - 1, inputs.num_kv_heads, rows * inputs.group_size)
+  state = (
+    jnp.full(shape, -jnp.inf, dtype),
+    jnp.zeros(shape, dtype),
+    jnp.zeros((*shape, inputs.head_dim), dtype),
+  )
+  carry = (state, walk.locate(0))
+  state, _ = lax.fori_loop(0, walk.share, one_tile, carry)
+  first_row, last_row = walk.state_rows()
+  if W > 1:
+    state = _merge_rows(state, first_row, last_row)
+  return _finish(inputs, [x[first_row] for x in state], rows)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tile:
+  """Where one tile of each lane lies."""
+
+  segment: Int[Array, "W"]
+  position: Int[Array, "W"]  # of its first slot
+  k_rows: Int[Array, "W*K*c"]  # of the pool, see _Walk
+  v_rows: Int[Array, "W*K*c"]
+  # A page's live slots are bounds[0] <= offset < bounds[1].
+  bounds: tuple[Int[Array, "W c"], Int[Array, "W c"]]
+
+
+class _Walk:
+  """The list of S segments' tiles, c pages each, as W lanes walk it.
+
+  Rows of segment s see keys low[s] .. high[s] - 1, from page page[s] on, which
+  are tiles firsts[s] .. ends[s] - 1 of the list.
+  """
+
+  def __init__(self, inputs: Inputs, segments: _Segments, rows: int):
+    p, P, S = inputs.page_size, inputs.num_pages, segments.sequence.shape[0]
+    c, W = _tiling(inputs, rows, S)
+    self.inputs, self.rows, self.pages = inputs, rows, c
+    self.sequence = jnp.minimum(segments.sequence, inputs.num_sequences - 1)
+    self.query = _query_rows(inputs, segments, rows)
+    length = inputs.lengths[self.sequence]
+    # Position of the segment's first query, and the keys any of its rows sees.
+    self.at = at = length - (segments.end - segments.start)
+    low, high = jnp.zeros_like(at), length
+    if inputs.causal:
+      high = jnp.minimum(high, at + segments.count)
+    if inputs.window is not None:
+      low = jnp.maximum(low, at - inputs.window + 1)
+    self.low, self.high, self.page = low, high, low // p
+    some = (segments.count > 0) & (high > low)
+    tiles = jnp.where(some, -(-(high - self.page * p) // (c * p)), 0)
+    self.ends = jnp.cumsum(tiles)
+    self.firsts, self.total = self.ends - tiles, self.ends[-1]
+    self.share = (self.total + W - 1) // W  # tiles a lane, or one less
+    self.lane = jnp.arange(W)
+    # Where each lane's tiles begin.
+    self.lane_tiles = jnp.arange(W + 1) * self.total // W
+    self.k_table = self.v_table = jnp.clip(inputs.k_table, 0, P - 1)
+    if inputs.combined:
+      self.v_table = jnp.clip(inputs.v_table, 0, P - 1)
+    # One row = one page of one head, contiguous; no layer is sliced out.
+    self.k_pool = inputs.k_pages.reshape(-1, p * inputs.head_dim)
+    self.v_pool = inputs.v_pages.reshape(-1, p * inputs.head_dim)
+    self.element = jnp.arange(p * inputs.head_dim)
+
+  def locate(self, i) -> _Tile:
+    """Where the lanes' i-th tiles lie."""
+    inputs, p, K = self.inputs, self.inputs.page_size, self.inputs.num_kv_heads
+    tile, last_column = self.lane_tiles[:-1] + i, inputs.max_pages - 1
+    s = jnp.sum(self.ends <= tile[:, None], axis=-1)
+    s = jnp.minimum(s, self.ends.size - 1)
+    mine = tile < self.lane_tiles[1:]
     # A lane that is done reads one page again and again.
-    first = jnp.where(mine, page[s] + (tile - firsts[s]) * c, M - 1)
-    columns = first[:, None] + jnp.arange(c)
-    # A page's live slots are bounds[0] <= offset < bounds[1].
-    stop = jnp.where(mine, high[s], 0)
-    bounds = (low[s][:, None] - columns * p, stop[:, None] - columns * p)
-    entry = (sequence[s][:, None], jnp.minimum(columns, M - 1))
-    layer_row = inputs.layer * (P * K) + jnp.arange(K)[:, None]
+    first = self.page[s] + (tile - self.firsts[s]) * self.pages
+    first = jnp.where(mine, first, last_column)
+    columns = first[:, None] + jnp.arange(self.pages)
+    stop = jnp.where(mine, self.high[s], 0)
+    bounds = (self.low[s][:, None] - columns * p, stop[:, None] - columns * p)
+    entry = (self.sequence[s][:, None], jnp.minimum(columns, last_column))
+    layer_row = inputs.layer * (inputs.num_pages * K) + jnp.arange(K)[:, None]
 
     def pool_rows(table):  # unsigned: no negative index to look out for
       rows = layer_row + table[entry][:, None] * K
       return rows.reshape(-1).astype(jnp.uint32)
 
-    k_rows = pool_rows(k_table)
-    v_rows = pool_rows(v_table) if inputs.combined else k_rows
-    return s, first * p, k_rows, v_rows, bounds
+    k_rows = pool_rows(self.k_table)
+    v_rows = pool_rows(self.v_table) if inputs.combined else k_rows
+    return _Tile(
+      segment=s, position=first * p, k_rows=k_rows, v_rows=v_rows, bounds=bounds
+    )
 
-  def one_tile(i, carry):
-    # The next tile's rows travel in the carry: XLA would otherwise fuse their
-    # arithmetic into the copy, and repeat it for every element.
-    state, (s, position, k_rows, v_rows, bounds) = carry
-    k = k_pool.at[k_rows].get(mode="promise_in_bounds")
-    v = v_pool.at[v_rows].get(mode="promise_in_bounds")
+  def load(self, tile):
+    """K and V of the lanes' tiles, [W, K, c * p, H], zeros in dead slots."""
+    inputs, bounds = self.inputs, tile.bounds
+    p, K, H = inputs.page_size, inputs.num_kv_heads, inputs.head_dim
+    k = self.k_pool.at[tile.k_rows].get(mode="promise_in_bounds")
+    v = self.v_pool.at[tile.v_rows].get(mode="promise_in_bounds")
 
-    def zero_dead(tile):  # a dead slot may hold NaN, and 0 * NaN is NaN
+    def zero_dead(rows):  # a dead slot may hold NaN, and 0 * NaN is NaN
       start, stop = (
         jnp.repeat(x[:, None] * H, K, axis=1).reshape(-1, 1) for x in bounds
       )
-      return jnp.where((element >= start) & (element < stop), tile, 0)
+      live = (self.element >= start) & (self.element < stop)
+      return jnp.where(live, rows, 0)
 
     dead = jnp.any((bounds[0] > 0) | (bounds[1] < p))
     # Only first and last tiles of a segment, and of lanes that are done, pay.
-    k, v = lax.cond(
+    kv = lax.cond(
       dead, lambda *kv: tuple(map(zero_dead, kv)), lambda *kv: kv, k, v
     )
-    k, v = (x.reshape(W, K, c * p, H).astype(operand) for x in (k, v))
-    offset = jnp.arange(p)
-    live = (offset >= bounds[0][..., None]) & (offset < bounds[1][..., None])
-    live = live.reshape(W, c * p)
-    position = position[:, None] + jnp.arange(c * p)
+    shape = (self.lane.size, K, self.pages * p, H)
+    return [x.reshape(shape).astype(self.query.dtype) for x in kv]
+
+  def logits(self, tile, k):
+    """Logits of the lanes' tiles, [W, K, rows * G, c * p], -inf if unseen."""
+    inputs, query = self.inputs, self.query
+    if query.shape[0] == 1:
+      query = jnp.broadcast_to(query, (self.lane.size, *query.shape[1:]))
+    else:
+      query = query[tile.segment]
     logits = inputs.scale * jnp.einsum(
       "wkrh,wksh->wkrs",
-      jnp.broadcast_to(query, (W, *query.shape[1:])) if S == 1 else query[s],
+      query,
       k,
       precision="highest",
-      preferred_element_type=dtype,
+      preferred_element_type=inputs.accumulator_dtype,
     )
     if inputs.soft_cap is not None:
       logits = inputs.soft_cap * jnp.tanh(logits / inputs.soft_cap)
-    mask = live[:, None]
-    if rows > 1:
-      here = at[s][:, None] + jnp.arange(rows)  # the queries' positions
-      mask = mask & (here >= 0)[..., None]
-      if inputs.causal:
-        mask &= position[:, None] <= here[..., None]
-      if inputs.window is not None:
-        mask &= position[:, None] > here[..., None] - inputs.window
-    mask = jnp.repeat(mask, G, axis=1)[:, None] if rows > 1 else mask[:, None]
-    logits = jnp.where(mask, logits, -jnp.inf)
-    row = lane + s
-    # The lanes of a single segment have the rows in order.
-    m, l, o = state if S == 1 else (x[row] for x in state)
-    new_m = jnp.maximum(m, logits.max(axis=-1))
-    safe = jnp.where(jnp.isneginf(new_m), 0, new_m)
-    weights = jnp.exp(logits - safe[..., None])
-    decay = jnp.exp(m - safe)
-    l = l * decay + weights.sum(axis=-1)
-    o = o * decay[..., None] + jnp.einsum(
-      "wkrs,wksh->wkrh",
-      weights.astype(operand),
-      v,
-      precision="highest",
-      preferred_element_type=dtype,
-    )
-    new = new_m, l, o
-    if S > 1:
-      new = tuple(x.at[row].set(y) for x, y in zip(state, new))
-    return new, locate(i + 1)
+    return jnp.where(self._mask(tile), logits, -jnp.inf)
 
-  shape = (W + S - 1, K, rows * G)
-  state = (
-    jnp.full(shape, -jnp.inf, dtype),
-    jnp.zeros(shape, dtype),
-    jnp.zeros((*shape, H), dtype),
+  def _mask(self, tile):
+    """Which keys of its tile a row sees: [W, 1, rows * G, c * p], or 1 row."""
+    inputs, bounds = self.inputs, tile.bounds
+    offset = jnp.arange(inputs.page_size)
+    live = (offset >= bounds[0][..., None]) & (offset < bounds[1][..., None])
+    mask = live.reshape(self.lane.size, -1)[:, None]
+    if self.rows == 1:  # it sees all that is live
+      return mask[:, None]
+    position = tile.position[:, None] + jnp.arange(mask.shape[-1])
+    # The queries' positions.
+    here = self.at[tile.segment][:, None] + jnp.arange(self.rows)
+    mask = mask & (here >= 0)[..., None]
+    if inputs.causal:
+      mask &= position[:, None] <= here[..., None]
+    if inputs.window is not None:
+      mask &= position[:, None] > here[..., None] - inputs.window
+    return jnp.repeat(mask, inputs.group_size, axis=1)[:, None]
+
+  def state_rows(self):
+    """The first and the last row of the state that each segment has."""
+    W, S = self.lane.size, self.ends.size
+
+    def row_of(tile):  # of each segment's `tile`: its lane + s
+      at_lane = ((tile + 1) * W - 1) // jnp.maximum(self.total, 1)
+      return jnp.minimum(at_lane, W - 1) + jnp.arange(S)
+
+    first_row = row_of(self.firsts)
+    return first_row, row_of(jnp.maximum(self.ends - 1, self.firsts))
+
+
+def _query_rows(inputs, segments, rows):
+  """The segments' queries [S, K, rows * G, H], in the dtype of the products."""
+  K, G, H = inputs.num_kv_heads, inputs.group_size, inputs.head_dim
+  # CPUs convert anyway; tensor cores take half precision as it is.
+  operand = inputs.accumulator_dtype if _on_cpu() else inputs.query.dtype
+  token = segments.start[:, None] + jnp.arange(rows)
+  token = jnp.minimum(token, inputs.num_tokens - 1)
+  query = inputs.query[token].astype(operand)
+  query = query.reshape(-1, rows, K, G, H).transpose(0, 2, 1, 3, 4)
+  return query.reshape(-1, K, rows * G, H)
+
+
+def _fold(state, logits, v):
+  """Folds tiles' logits and values into (m, l, o), one step of the softmax."""
+  m, l, o = state
+  new_m = jnp.maximum(m, logits.max(axis=-1))
+  safe = jnp.where(jnp.isneginf(new_m), 0, new_m)
+  weights = jnp.exp(logits - safe[..., None])
+  decay = jnp.exp(m - safe)
+  l = l * decay + weights.sum(axis=-1)
+  o = o * decay[..., None] + jnp.einsum(
+    "wkrs,wksh->wkrh",
+    weights.astype(v.dtype),
+    v,
+    precision="highest",
+    preferred_element_type=o.dtype,
   )
-  state, _ = lax.fori_loop(0, share, one_tile, (state, locate(0)))
+  return new_m, l, o
 
-  def row_of(tile):  # of each segment's `tile`: its lane + s
-    at_lane = ((tile + 1) * W - 1) // jnp.maximum(total, 1)
-    return jnp.minimum(at_lane, W - 1) + jnp.arange(S)
 
-  first_row, last_row = row_of(firsts), row_of(jnp.maximum(ends - 1, firsts))
-  if W > 1:
-    state = _merge_rows(state, first_row, last_row)
-  m, l, o = (x[first_row] for x in state)
+def _finish(inputs, state, rows):
+  """Turns (m, l, o) of S segments into what `_segments` returns."""
+  (m, l, o), K, G = state, inputs.num_kv_heads, inputs.group_size
   if inputs.sinks is not None:
     sink = jnp.tile(inputs.sinks.reshape(K, G), (1, rows))
     new_m = jnp.maximum(m, sink)
@@ -289,10 +364,10 @@ def _segments(inputs, segments, rows):
     o, m = o * decay[..., None], new_m
   out = o / jnp.where(l == 0, 1, l)[..., None]
   lse = jnp.where(jnp.isneginf(m), 0, m) + jnp.log(l)
-  out = out.astype(inputs.query.dtype).reshape(S, K, rows, G, H)
-  out = out.transpose(0, 2, 1, 3, 4).reshape(S, rows, K * G, H)
-  lse = lse.reshape(S, K, rows, G).transpose(0, 2, 1, 3)
-  return out, lse.reshape(S, rows, K * G)
+  out = out.astype(inputs.query.dtype).reshape(-1, K, rows, G, inputs.head_dim)
+  out = out.transpose(0, 2, 1, 3, 4).reshape(-1, rows, K * G, inputs.head_dim)
+  lse = lse.reshape(-1, K, rows, G).transpose(0, 2, 1, 3)
+  return out, lse.reshape(-1, rows, K * G)
 
 
 def _merge_rows(state, first_row, last_row):

@@ -103,8 +103,8 @@ MUTANTS = {
   ),
   "xla: logits not masked": (
     "xla.py",
-    "logits = jnp.where(mask, logits, -jnp.inf)",
-    "logits = logits + 0",
+    "return jnp.where(self._mask(tile), logits, -jnp.inf)",
+    "return logits + 0",
     "test_ragged_lengths",
   ),
   # The Triton kernels.
