@@ -31,6 +31,8 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     "In one sentence: why do we have to be careful with page sizes when a "
     "language model keeps its keys and values in pages?",
   )
+  # What the model is told first; None: SmolLM2 its own words, others nothing.
+  config.system = config_dict.placeholder(str)
   config.lengths = (37, 5, 64)  # tokens of the prompts of random weights
   config.max_new_tokens = 32
   config.temperature = 0.0
@@ -44,6 +46,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
   config.scatter = False  # reserve everything first, on random pages
   config.prefill_tokens = 256  # most tokens of a prefill step
   config.implementation = config_dict.placeholder(str)  # None: automatic
+  config.plan_options = ()  # of plan_attention, such as "memory_order"
   if variant == "tiny":
     config.page_size = 4
     config.max_new_tokens = 16

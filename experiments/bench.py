@@ -17,7 +17,7 @@ timed in turn, so that a busy moment hits all alike:
     kernel us   sum of CUPTI kernel times per layer (GPU only)
 
 "hopper+batch_invariant" is hopper with a plan made with batch_invariant=True;
-any option of plan_attention goes. Others: dense and cudnn
+shared_prefix and memory_order go too. Others: dense and cudnn
 (jax.nn.dot_product_attention on a contiguous cache), jax_pallas (JAX's
 deprecated paged kernel), fa3 (FlashAttention-3, where the optional package
 flash-attn3-jax is installed; what it is given: experiments/common/peers.py).
@@ -69,9 +69,7 @@ _WORKDIR = flags.DEFINE_string(
 _LIST = flags.DEFINE_bool("list", False, "List the shapes and stop.")
 
 
-def main(argv) -> int:
-  if len(argv) > 1:
-    raise ValueError(f"unknown argument {argv[1]!r}: flags start with --")
+def main() -> int:
   if _LIST.value:
     print(bench.listing())
     return 0

@@ -10,7 +10,6 @@ observed. --verbose prints each step's positions, slots and physical pages.
 Exit code 1 if a program was compiled after the warm-up.
 """
 
-from collections.abc import Sequence
 import json
 import pathlib
 
@@ -18,27 +17,37 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import cli
-from experiments.common import decoding, loading
+from experiments.common import decoding, loading, records
 from paged_jax.models import tokenizer
 
 
-def main(argv: Sequence[str]) -> int:
-  if argv[1:]:
-    raise ValueError(f"unknown argument {argv[1]!r}: flags start with --")
+def main() -> int:
   values = flags.FLAGS
   return run(values.config, pathlib.Path(values.workdir), values.verbose)
 
 
 def run(config, workdir: pathlib.Path, verbose: bool = False) -> int:
   """Decodes, prints, writes the JSONL, and returns the exit code."""
+  cli.need(config, "model", "max_new_tokens", like="configs/decode.py")
   loaded = loading.load(config.model, seed=config.seed)
   words = loaded.tokenizer
   if words is None:
     vocab = loaded.model.config.vocab_size
     prompts = loading.random_prompts(config.lengths, vocab, config.seed)
   else:
-    prompts = [words.encode(tokenizer.chat_prompt(x)) for x in config.prompts]
+    system = config.system
+    if system is None and config.model.weights == "smollm2":
+      system = tokenizer.SMOLLM2_SYSTEM
+    prompts = [
+      words.encode(tokenizer.chat_prompt(x, system or ""))
+      for x in config.prompts
+    ]
   lengths = [len(prompt) for prompt in prompts]
+  if not lengths:
+    name = "prompts" if words else "lengths"
+    raise ValueError(f"config.{name} is empty: pass an entry for each row")
+  generator = decoding.make_generator(loaded.model, prompts, config)
+  workdir.mkdir(parents=True, exist_ok=True)
   print(
     f"{loaded.title}, {config.model.dtype} on {loading.device()}: prompts of "
     f"{', '.join(map(str, lengths))} tokens, pages of {config.page_size}, "
@@ -46,7 +55,7 @@ def run(config, workdir: pathlib.Path, verbose: bool = False) -> int:
     flush=True,
   )
   eos = words.eos if words else ()
-  result = decoding.run(loaded.model, prompts, config, eos)
+  result = decoding.run(generator, prompts, config, eos)
   if verbose:
     for i, step in enumerate(result.steps):
       print(decoding.describe_step(i, step))
@@ -59,9 +68,8 @@ def run(config, workdir: pathlib.Path, verbose: bool = False) -> int:
   figures = decoding.summary(result, prompts, config)
   print(decoding.describe(figures))
 
-  workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / f"{pathlib.Path(config.name).name}.jsonl"
-  with path.open("w") as log:
+  with records.fresh(path) as log:
     for i, step in enumerate(result.steps):
       log.write(json.dumps(dict(step=i) | step.as_dict()) + "\n")
     rows = [

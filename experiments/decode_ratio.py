@@ -14,20 +14,23 @@ import json
 import platform
 import time
 
-from absl import app, flags
+from absl import flags
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import cli
+from experiments.common import loading, prefilling, shapes
 from paged_jax.cache import page_table as page_table_lib
-from paged_jax.cache import permute, pool
 from paged_jax.engine import steps
 from paged_jax.models import config as config_lib
-from paged_jax.models import contiguous, gguf, transformer
+from paged_jax.models import contiguous
+from paged_jax.ops import implementations
 
+_SMOLLM2 = "smollm2-135m"
 _MODEL = flags.DEFINE_enum(
-  "model", "smollm2-135m", config_lib.NAMES, "sizes of the model"
+  "model", _SMOLLM2, config_lib.NAMES, "sizes of random weights"
 )
 _WEIGHTS = flags.DEFINE_enum(
   "weights", "random", ["random", "smollm2"], "values of the weights"
@@ -39,42 +42,44 @@ _BATCH = flags.DEFINE_integer("batch", 4, "rows", lower_bound=1)
 _PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "tokens", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 32, "timed steps", lower_bound=1)
 _WARMUP = flags.DEFINE_integer("warmup", 3, "untimed steps", lower_bound=1)
-_DTYPE = flags.DEFINE_string("dtype", "float32", "of weights and cache")
-_IMPLEMENTATION = flags.DEFINE_string(
-  "implementation", None, "of paged attention; automatic if not given"
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "float32", shapes.DTYPES, "of weights and cache"
+)
+_IMPLEMENTATION = flags.DEFINE_enum(
+  "implementation", None, implementations.NAMES,
+  "of paged attention; automatic if not given",
 )
 
 
-def _model() -> transformer.Transformer:
-  if _WEIGHTS.value == "smollm2":
-    return gguf.load_model(gguf.smollm2_path(), dtype=_DTYPE.value)
-  config = config_lib.named(_MODEL.value, dtype=_DTYPE.value)
-  return transformer.Transformer(config, rngs=nnx.Rngs(0))
+def load() -> loading.Loaded:
+  """Returns the model that the flags name.
+
+  Raises:
+    ValueError: they name two.
+    FileNotFoundError: the weights are not there.
+    ImportError: a library that reads them is not there.
+  """
+  if _WEIGHTS.value == "smollm2" and _MODEL.value != _SMOLLM2:
+    raise ValueError(
+      f"--model={_MODEL.value} has no weights of smollm2: pass "
+      "--weights=random, or no --model"
+    )
+  return loading.load(dict(
+    name=_MODEL.value,
+    weights=_WEIGHTS.value,
+    dtype=_DTYPE.value,
+    num_layers=None,
+  ))
 
 
 def _paged(model, capacity):
   """Returns tokens -> next tokens, over scattered pages."""
-  config, batch, p = model.config, _BATCH.value, _PAGE_SIZE.value
-  max_pages = -(-capacity // p)
-  table = page_table_lib.create_page_table(
-    num_pages=batch * max_pages,
-    page_size=p,
-    num_sequences=batch,
-    max_pages=max_pages,
+  batch = _BATCH.value
+  table, cache = prefilling.scattered(
+    model.config, batch, capacity, _PAGE_SIZE.value
   )
-  rows = jnp.ones(batch, jnp.int32)
-  table, _ = page_table_lib.reserve(table, rows * capacity)
-  table = page_table_lib.advance(table, rows * _CONTEXT.value)
-  order = np.random.default_rng(0).permutation(table.num_pages)
-  table = permute.permute_table(table, jnp.asarray(order))
-  cache = pool.create_cache(
-    num_layers=config.num_layers,
-    num_pages=table.num_pages,
-    num_kv_heads=config.num_kv_heads,
-    page_size=p,
-    head_dim=config.head_dim,
-    dtype=config.dtype,
-  )
+  context = jnp.full(batch, _CONTEXT.value, jnp.int32)
+  table = page_table_lib.advance(table, context)
   state = [_randomise(cache), table]
   graph, weights = nnx.split(model)
   options = steps.StepOptions(implementation=_IMPLEMENTATION.value)
@@ -126,10 +131,9 @@ def _randomise(tree):
   return jax.tree.unflatten(structure, map(fill, keys, leaves))
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments: {argv[1:]}")
-  model = _model()
+def main() -> None:
+  loaded = load()
+  model = loaded.model
   capacity = _CONTEXT.value + _WARMUP.value + _STEPS.value
   paths = {
     "paged": _paged(model, capacity),
@@ -147,7 +151,7 @@ def main(argv):
   # The median of the ratios of neighbours, so that slow phases cancel.
   ratio = np.median(np.divide(times["paged"], times["contiguous"]))
   print(
-    f"decode {_MODEL.value}, batch {_BATCH.value}, context {_CONTEXT.value}, "
+    f"decode {loaded.title}, batch {_BATCH.value}, context {_CONTEXT.value}, "
     f"page {_PAGE_SIZE.value}: paged {median['paged']:.2f} ms, contiguous "
     f"{median['contiguous']:.2f} ms a step, ratio {ratio:.3f}"
   )
@@ -158,7 +162,8 @@ def main(argv):
         jax=jax.__version__,
         python=platform.python_version(),
         device=jax.devices()[0].device_kind,
-        model=_MODEL.value,
+        model=loaded.title,
+        weights=_WEIGHTS.value,
         dtype=_DTYPE.value,
         batch=_BATCH.value,
         context=_CONTEXT.value,
@@ -174,4 +179,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)

@@ -19,7 +19,6 @@ the run; the kernels' time (CUPTI) by what they do; and the share of attention:
 its kernels' time over the median time of a call.
 """
 
-from collections.abc import Sequence
 import json
 import pathlib
 
@@ -33,22 +32,21 @@ from experiments.common import (
   loading,
   model_work,
   prefilling,
+  records,
   tolerance,
 )
 
 
-def main(argv: Sequence[str]) -> int:
-  if argv[1:]:
-    raise ValueError(f"unknown argument {argv[1]!r}: flags start with --")
+def main() -> int:
   values = flags.FLAGS
   return run(values.config, pathlib.Path(values.workdir))
 
 
 def run(config, workdir: pathlib.Path) -> int:
   """Times, prints, writes the JSONL, and returns the exit code."""
-  if "prefill" not in config:
-    raise ValueError("the config has no section prefill: see configs/qwen.py")
+  cli.need(config, "prefill", like="configs/qwen.py")
   plan = prefilling.make_plan(config)
+  workdir.mkdir(parents=True, exist_ok=True)
   print(plan.headline, flush=True)
   timings = prefilling.run(plan)
   print(prefilling.table(timings))
@@ -56,10 +54,9 @@ def run(config, workdir: pathlib.Path) -> int:
   if efficiency:
     print(model_work.table(efficiency))
 
-  workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / f"{pathlib.Path(config.name).name}.jsonl"
   batch, length = plan.tokens.shape
-  with path.open("w") as log:
+  with records.fresh(path) as log:
     for timing in timings:
       row = timing.figures(timings[0]) | dict(
         ms=timing.ms,

@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import cli
+from experiments.common import records
 from paged_jax.simulate import (
   cases,
   pallas_stages,
@@ -59,22 +60,17 @@ class Plan:
   timeline: bool
 
 
-def main(argv: Sequence[str]) -> int:
-  try:
-    if argv[1:]:
-      raise ValueError(f"unknown argument {argv[1]!r}: flags start with --")
-    plan = make_plan(_CONFIG.value)
-    workdir = pathlib.Path(_WORKDIR.value)
-    workdir.mkdir(parents=True, exist_ok=True)
-  except (ValueError, TypeError, OSError) as error:
-    cli.fail(error)
+def main() -> int:
+  plan = make_plan(_CONFIG.value)
+  workdir = pathlib.Path(_WORKDIR.value)
+  workdir.mkdir(parents=True, exist_ok=True)
   return run(plan, workdir)
 
 
 def run(plan: Plan, workdir: pathlib.Path) -> int:
   """Runs a plan, prints it, and returns the exit code."""
   written, failures, total = [workdir / "results.jsonl"], [], 0
-  with written[0].open("w") as log:
+  with records.fresh(written[0]) as log:
     for case in plan.runs:
       print(_headline(case), flush=True)
       for variant in plan.variants:
@@ -115,6 +111,7 @@ def run(plan: Plan, workdir: pathlib.Path) -> int:
 
 def make_plan(config) -> Plan:
   """Reads the config; raises ValueError with one line for what is wrong."""
+  cli.need(config, "study", "chip", like="configs/simulate.py")
   context = config.context and _numbers("context", config.context)
   overrides = {
     name: config[name]

@@ -6,8 +6,8 @@
 
 Output under --workdir (default out/sweep/<config name>): rows.jsonl, the
 truth; report.csv, *.png and report.html, drawn from it. Rows are on disk the
-moment they exist: Ctrl-C loses nothing, --resume continues. Exit code 1 if a
-cell failed, 130 if interrupted.
+moment they exist: Ctrl-C loses nothing, --resume continues, with the same seed,
+text and effort. Exit code 1 if a cell failed, 130 if interrupted.
 """
 
 import collections
@@ -41,9 +41,7 @@ _REPORT_ONLY = flags.DEFINE_bool(
 )
 
 
-def main(argv) -> int:
-  if len(argv) > 1:
-    raise ValueError(f"unknown argument {argv[1]!r}: flags start with --")
+def main() -> int:
   grid = grid_lib.from_config(_CONFIG.value)
   workdir = pathlib.Path(_WORKDIR.value or f"out/sweep/{grid.name}")
   if _REPORT_ONLY.value:
@@ -64,46 +62,76 @@ def sweep(grid: grid_lib.Grid, workdir: pathlib.Path, *, resume: bool) -> int:
 
   Returns:
     The exit code: 0, 1 if a cell is wrong or failed, 130 if interrupted.
+
+  Raises:
+    ValueError: no cell runs here, the rows to go on with are another run's, or
+      the text does not fit. Nothing is written or set aside then.
   """
   records = records_lib.Records(workdir / "rows.jsonl")
   on_gpu = jax.default_backend() in ("gpu", "cuda")
+  scale = grid.gpu if on_gpu else grid.cpu
   cells, elsewhere = grid_lib.expand(grid, on_gpu)
-  if not resume and (old := records.set_aside()):
-    print(f"an earlier run's rows are kept as {old}")
-  done = records.finished()
+  if not cells:
+    kind = "gpu" if on_gpu else "cpu"
+    raise ValueError(
+      f"no cell of the grid runs on this machine: pass config.{kind}."
+      "page_sizes, .ratios, .geometry_page_sizes or .implementations that "
+      "leave some"
+    )
+  keys = {cell.key for cell in cells}
+  done = set()
+  if resume:
+    rows = [row for row in records.rows() if row["key"] in keys]
+    _check_recipe(grid_lib.recipe(grid, scale), rows, records.path)
+    done = records.finished()
   todo = [cell for cell in cells if cell.key not in done]
   print(
     f"{grid.name} on {jax.devices()[0].device_kind}: {len(todo)} cells to run"
     f", {len(cells) - len(todo)} done before, {len(elsewhere)} need a GPU"
   )
+  source = sources.make(grid, scale) if todo else None
+  workdir.mkdir(parents=True, exist_ok=True)
+  if not resume and (old := records.set_aside()):
+    print(f"an earlier run's rows are kept as {old}")
   started = time.perf_counter()
   code = 0
   if todo:
     try:
-      _run(grid, todo, records, grid.gpu if on_gpu else grid.cpu)
+      _run(todo, records, source, scale, grid_lib.recipe(grid, scale))
     except KeyboardInterrupt:
       print("\ninterrupted: finished cells are kept; go on with --resume")
       code = 130
-  keys = {cell.key for cell in cells}
   rows = [row for row in records.rows() if row["key"] in keys]
   seconds = time.perf_counter() - started
   return _finish(rows, workdir, seconds, elsewhere, code)
 
 
-def _run(grid, todo, records, scale):
+def _check_recipe(mine, rows, path) -> None:
+  for row in rows:
+    # Rows of old hold their seed alone.
+    made = row.get("recipe", dict(seed=row["seed"]))
+    for name, value in mine.items():
+      if (old := made.get(name, value)) != value:
+        raise ValueError(
+          f"config's {name} is {value!r} but {path} was made with {old!r}: "
+          "--resume goes on with the same run only; start without it, or in "
+          "another --workdir"
+        )
+
+
+def _run(todo, records, source, scale, recipe):
   ceilings = ceilings_lib.measure(scale.dtype)
   print(
     f"ceilings: read {ceilings.read_gbps:.1f} GB/s, copy "
     f"{ceilings.copy_gbps:.1f} GB/s, {scale.dtype} matmul "
     f"{ceilings.matmul_tflops:.3g} TFLOP/s"
   )
-  source = sources.make(grid, scale)
   rows = cells_lib.run(
     todo, source=source, effort=scale.effort, ceilings=ceilings
   )
   with tqdm.tqdm(total=len(todo), unit="cell") as bar:
     for row in rows:
-      records.append(row)
+      records.append(row | dict(recipe=recipe))
       bar.update()
       if row["status"] != "ok":
         bar.write(f"{row['status']}: {row['key']}: {row['error']}")

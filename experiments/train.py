@@ -12,7 +12,6 @@ checkpoint; --resume goes on from it as if nothing had happened, bit for bit.
 Exit code 1 if the held-out loss misses config.target or the tokens differ.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
@@ -29,13 +28,14 @@ import numpy as np
 import tqdm
 
 from experiments import cli
-from experiments.common import loading
+from experiments.common import loading, shapes
 from experiments.common import records as records_lib
 from paged_jax.engine import contiguous, sampling
 from paged_jax.engine import generate as generate_lib
 from paged_jax.models.config import ModelConfig
 from paged_jax.models.tokenizer import ByteTokenizer
 from paged_jax.models.transformer import Transformer
+from paged_jax.ops import implementations
 from paged_jax.train import checkpoint, data, plot
 from paged_jax.train import step as step_lib
 
@@ -79,9 +79,7 @@ class Plan:
   generation: Generation
 
 
-def main(argv: Sequence[str]) -> int:
-  if argv[1:]:
-    raise ValueError(f"unknown argument {argv[1]!r}: flags start with --")
+def main() -> int:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # orbax tells its every move
   config = _CONFIG.value
@@ -92,13 +90,18 @@ def main(argv: Sequence[str]) -> int:
 
 def make_plan(config) -> Plan:
   """Reads the config; raises ValueError with one line for what is wrong."""
+  cli.need(config, "model", "generate", like="configs/train_bytes.py")
   for name in ("eval_every", "eval_batches", "save_every"):
     loading.positive(name, config[name])
   for name in ("new_bytes", "page_size"):
     loading.positive(f"generate.{name}", config.generate[name])
+  if config.seed < 0:
+    raise ValueError(f"config.seed is {config.seed}: pass an int of at least 0")
   prompts = tuple(config.generate.prompts)
   if not prompts or not all(prompts):
     raise ValueError(f"config.generate.prompts is {prompts}: pass texts")
+  if (name := config.generate.implementation) is not None:
+    loading.one_of("generate.implementation", name, implementations.NAMES)
   sampling.Sampling(temperature=config.generate.temperature)
   files = [config.text] if config.text else data.shakespeare()
   tokens = data.read(files)
@@ -116,7 +119,10 @@ def make_plan(config) -> Plan:
   if unknown := sizes.keys() - known:
     raise ValueError(f"config.model has no field {sorted(unknown)[0]!r}")
   model = ModelConfig(**sizes)
-  _ = model.attention  # its sizes are checked there
+  loading.one_of("model.dtype", model.dtype, shapes.DTYPES)
+  _ = model.attention  # most sizes are checked there
+  for name in ("num_layers", "hidden"):
+    loading.positive(f"model.{name}", getattr(model, name))
   digest = hashlib.sha256(tokens.tobytes()).hexdigest()
   return Plan(
     title=f"{config.name}: {len(files)} texts, {len(tokens) / 1e6:.2f} MB",

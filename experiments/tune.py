@@ -41,9 +41,7 @@ _MINUTES = flags.DEFINE_float(
 _SEED = flags.DEFINE_integer("seed", 0, "Of data and page order.", 0)
 
 
-def main(argv) -> int:
-  if len(argv) > 1:
-    raise ValueError(f"unknown argument {argv[1]!r}: flags start with --")
+def main() -> int:
   # Several processes share the GPU.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   if jax.default_backend() not in ("gpu", "cuda"):

@@ -11,7 +11,6 @@ tolerance.py). --break spoils an argument of the paged path, which must FAIL.
 Exit code 1 on FAIL.
 """
 
-from collections.abc import Sequence
 import json
 import pathlib
 
@@ -19,25 +18,24 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import cli
-from experiments.common import faults, verification
+from experiments.common import faults, records, verification
 
 
-def main(argv: Sequence[str]) -> int:
-  if argv[1:]:
-    raise ValueError(f"unknown argument {argv[1]!r}: flags start with --")
+def main() -> int:
   values = flags.FLAGS
   return run(values.config, pathlib.Path(values.workdir), values["break"].value)
 
 
 def run(config, workdir: pathlib.Path, fault: str | None = None) -> int:
   """Verifies, prints, writes the JSONL, and returns the exit code."""
+  cli.need(config, "model", "tables", like="configs/verify.py")
   plan = verification.make_plan(config, fault)
   print(plan.headline, flush=True)
   workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / f"{pathlib.Path(config.name).name}.jsonl"
   references = verification.references(plan)
   failed = []
-  with path.open("w") as log:
+  with records.fresh(path) as log:
     for result in verification.verify(plan, references):
       print(f"\n{result.describe()}", flush=True)
       log.write(json.dumps(result.as_dict() | dict(fault=fault)) + "\n")

@@ -24,6 +24,7 @@ from experiments.common import (
 )
 from experiments.common import problem as problem_lib
 from paged_jax.ops import implementations
+from paged_jax.ops import plan as plan_lib
 from paged_jax.simulate import cases as words
 
 Row = dict[str, Any]
@@ -62,19 +63,32 @@ def select(names: Sequence[str]) -> list[str]:
 
 
 def check_names(names: Sequence[str]) -> list[str]:
-  """Returns implementation names after checking them.
+  """Returns implementation names after checking them, each once.
 
   Raises:
-    ValueError: a name is unknown; says the nearest one.
+    ValueError: a name or its option is unknown; says the nearest one.
   """
   known = (*implementations.NAMES, *peers.NAMES)
   for name in names:
-    if name.split("+")[0] not in known:
+    first, *options = name.split("+")
+    if first not in known:
       raise ValueError(
         f"--implementations has {name!r}: pass {', '.join(known)}"
         + words.did_you_mean(name, known)
       )
-  return list(names)
+    for option in options:
+      if first in peers.NAMES:
+        raise ValueError(
+          f"--implementations has {name!r}: {first} makes no plan, so pass it "
+          "without an option"
+        )
+      if option not in plan_lib.OPTIONS:
+        raise ValueError(
+          f"--implementations has {name!r}: after a + pass "
+          f"{', '.join(plan_lib.OPTIONS)}"
+          + words.did_you_mean(option, plan_lib.OPTIONS)
+        )
+  return list(dict.fromkeys(names))
 
 
 def listing() -> str:

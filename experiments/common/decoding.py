@@ -71,26 +71,20 @@ def num_pages(
   return pages * (2 if combined else 1)
 
 
-def run(
+def make_generator(
   model: Transformer,
   prompts: Sequence[Sequence[int]],
   config: Mapping[str, Any],
-  eos: Sequence[int] = (),
-) -> Result:
-  """Generates twice: first to compile, then observed.
+) -> generate.Generator:
+  """Checks a config and allocates the pool; compiles nothing yet.
 
   Args:
     model: the decoder.
-    prompts: token ids.
+    prompts: token ids, of a row at least.
     config: see configs/decode.py.
-    eos: ids that end a text.
-
-  Returns:
-    What happened.
 
   Raises:
     ValueError: the config does not fit.
-    RuntimeError: the pool has too few pages.
   """
   page_size = loading.positive("page_size", config["page_size"])
   new_tokens = loading.positive("max_new_tokens", config["max_new_tokens"])
@@ -103,7 +97,7 @@ def run(
     raise ValueError(
       f"config.num_pages is {pages}: the longest row alone needs {least}"
     )
-  generator = generate.Generator(
+  return generate.Generator(
     model,
     num_pages=pages,
     page_size=page_size,
@@ -116,10 +110,33 @@ def run(
       top_k=config["top_k"],
       top_p=config["top_p"],
     ),
+    plan_options=config["plan_options"],
     implementation=config["implementation"],
   )
+
+
+def run(
+  generator: generate.Generator,
+  prompts: Sequence[Sequence[int]],
+  config: Mapping[str, Any],
+  eos: Sequence[int] = (),
+) -> Result:
+  """Generates twice: first to compile, then observed.
+
+  Args:
+    generator: of `make_generator`.
+    prompts: token ids.
+    config: see configs/decode.py.
+    eos: ids that end a text.
+
+  Returns:
+    What happened.
+
+  Raises:
+    RuntimeError: the pool has too few pages.
+  """
   arguments = dict(
-    max_new_tokens=new_tokens,
+    max_new_tokens=config["max_new_tokens"],
     eos=eos,
     seed=config["seed"],
     permute_seed=config["seed"] if config["scatter"] else None,
@@ -138,7 +155,7 @@ def run(
     recompiled=after.programs,
     compile_seconds=warm_up.seconds,
     cache_bytes=generator.cache_bytes,
-    num_pages=pages,
+    num_pages=generator.table.num_pages,
   )
 
 

@@ -15,6 +15,7 @@ from paged_jax.ops import implementations
 from paged_jax.simulate import cases as words
 
 RATIO_AXIS = "ratio axis"
+_FROM_0 = ("seed", "cold_mb", "seconds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,12 @@ def from_config(config: Mapping[str, Any]) -> Grid:
   Raises:
     ValueError: a field has the wrong type or value; names it and the remedy.
   """
+  for field in dataclasses.fields(Grid):
+    if field.name not in config:
+      raise ValueError(
+        f"the config has no {field.name!r}, so it is for another experiment: "
+        "pass --config=configs/qwen.py or one like it"
+      )
   # A config may hold sections of other experiments.
   values = {x.name: config[x.name] for x in dataclasses.fields(Grid)}
   for scale in ("gpu", "cpu"):
@@ -129,6 +136,15 @@ def from_config(config: Mapping[str, Any]) -> Grid:
         f"config.ratio_heads={grid.ratio_heads}: change one of the two"
       )
   return grid
+
+
+def recipe(grid: Grid, scale: Scale) -> dict[str, Any]:
+  """Returns what rows depend on beside their keys, JSON values by field."""
+  effort = {
+    name: getattr(scale, name)
+    for name in ("steps", "cold_mb", "seconds", "repeats")
+  }
+  return dict(seed=grid.seed, text=grid.text) | effort
 
 
 def expand(
@@ -231,6 +247,9 @@ def _typed(kind, values, prefix):
         raise ValueError(
           f"config.{name} is {value!r}: pass {field.type.__name__}"
         )
+      least = 0 if field.name in _FROM_0 else 1
+      if field.type is not str and value < least:
+        raise ValueError(f"config.{name} is {value!r}: pass at least {least}")
   return kind(**values)
 
 

@@ -29,6 +29,7 @@ from paged_jax.cache import permute
 from paged_jax.cache import pool as pool_lib
 from paged_jax.models import contiguous
 from paged_jax.models import step as step_lib
+from paged_jax.models.config import ModelConfig
 from paged_jax.models.transformer import Transformer
 
 Call = Callable[[], Float[Array, "B vocab"]]
@@ -83,20 +84,21 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     FileNotFoundError: the weights are not there.
   """
   section = config["prefill"]
-  scale = section["cpu" if jax.default_backend() == "cpu" else "gpu"]
+  kind = "cpu" if jax.default_backend() == "cpu" else "gpu"
+  scale = section[kind]
   length = loading.positive("length", config["length"])
   page_size = loading.positive("prefill.page_size", section["page_size"])
   chunks = [loading.positive("prefill.chunks", c) for c in section["chunks"]]
   sizes = {
-    name: loading.positive(f"prefill.cpu/gpu.{name}", scale[name])
+    name: loading.positive(f"prefill.{kind}.{name}", scale[name])
     for name in ("batch", "warmup", "repeats")
   }
   standard = loading.one_of(
-    "prefill.cpu/gpu.standard", scale["standard"], ("xla", "cudnn")
+    f"prefill.{kind}.standard", scale["standard"], ("xla", "cudnn")
   )
   if standard == "cudnn" and scale["dtype"] == "float32":
     raise ValueError(
-      "config.prefill.gpu.standard is 'cudnn', which knows half precision "
+      f"config.prefill.{kind}.standard is 'cudnn', which knows half precision "
       "only, and dtype is 'float32': pass standard 'xla'"
     )
   spec = dict(
@@ -210,7 +212,9 @@ def paged_call(plan: Plan, chunk: int) -> Call:
   Every call starts from the same empty rows, whose pages are reserved.
   """
   graph, weights = nnx.split(plan.model)
-  start, cache = _pages(plan)
+  start, cache = scattered(
+    plan.model.config, *plan.tokens.shape, plan.page_size
+  )
   steps = _packed(plan.tokens, chunk)
 
   @functools.partial(jax.jit, donate_argnames="cache")
@@ -237,24 +241,31 @@ def paged_call(plan: Plan, chunk: int) -> Call:
   return call
 
 
-def _pages(plan: Plan):
-  """A table of rows with all pages reserved, at random places, and a cache."""
-  B, S = plan.tokens.shape
-  max_pages = -(-S // plan.page_size)
-  config = plan.model.config
+def scattered(
+  config: ModelConfig, batch: int, tokens: int, page_size: int
+) -> tuple[page_table_lib.PageTable, pool_lib.Cache]:
+  """Returns empty rows, their pages reserved at random places, and a cache.
+
+  Args:
+    config: of the model.
+    batch: B, rows.
+    tokens: room of each row.
+    page_size: p, tokens.
+  """
+  max_pages = -(-tokens // page_size)
   table = page_table_lib.create_page_table(
-    num_pages=B * max_pages,
-    page_size=plan.page_size,
-    num_sequences=B,
+    num_pages=batch * max_pages,
+    page_size=page_size,
+    num_sequences=batch,
     max_pages=max_pages,
   )
-  table, _ = page_table_lib.reserve(table, jnp.full(B, S, jnp.int32))
+  table, _ = page_table_lib.reserve(table, jnp.full(batch, tokens, jnp.int32))
   order = np.random.default_rng(0).permutation(table.num_pages)
   cache = pool_lib.create_cache(
     num_layers=config.num_layers,
     num_pages=table.num_pages,
     num_kv_heads=config.num_kv_heads,
-    page_size=plan.page_size,
+    page_size=page_size,
     head_dim=config.head_dim,
     dtype=config.dtype,
   )

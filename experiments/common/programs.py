@@ -8,7 +8,6 @@ and held against the reference.
 """
 
 from collections.abc import Callable
-import inspect
 from typing import Any
 
 import jax
@@ -34,16 +33,13 @@ def ours(
   Args:
     shape: the call.
     implementation: its name, or "name+option" where the plan is to be made
-      with `option=True`, as in "hopper+batch_invariant".
+      with `option=True`, one of `plan.OPTIONS`, as in "hopper+batch_invariant".
     interpret: as in `paged_attention`.
     replan: plan -> the plan to be used in its place.
   """
   implementation, *options = implementation.split("+")
 
   def prepare(state) -> Attend:
-    for option in options:
-      if option not in inspect.signature(api.plan_attention).parameters:
-        raise NotImplementedError(f"plan_attention has no {option}")
     decode = shape.decode
     longest = None if decode else int(shape.query_lengths.max())
     plan = api.plan_attention(

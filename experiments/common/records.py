@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, TextIO
 
 _FINISHED = ("ok", "unsupported")
 
@@ -50,3 +50,10 @@ class Records:
     while (old := self.path.with_suffix(f".{number}.jsonl")).exists():
       number += 1
     return self.path.rename(old)
+
+
+def fresh(path: pathlib.Path) -> TextIO:
+  """Opens a JSONL file to write; an older one is set aside, and that told."""
+  if old := Records(path).set_aside():
+    print(f"an earlier run's rows are kept as {old}")
+  return path.open("w", encoding="utf-8")

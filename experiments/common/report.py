@@ -15,7 +15,7 @@ import jinja2
 from experiments.common import plots
 
 Row = dict[str, Any]
-_NOT_IN_CSV = ("key", "name", "kernels")
+_NOT_IN_CSV = ("key", "name", "kernels", "recipe")
 
 
 def write(

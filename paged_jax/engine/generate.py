@@ -28,6 +28,7 @@ from paged_jax.engine import steps
 from paged_jax.models.transformer import Transformer
 from paged_jax.ops import implementations
 from paged_jax.ops import inputs as inputs_lib
+from paged_jax.ops import plan as plan_lib
 
 _LEAST_BUCKET = 16  # packed tokens of the smallest prefill program
 
@@ -118,7 +119,7 @@ class Generator:
     graph, self._weights = nnx.split(model)
     options = steps.StepOptions(
       sampling=sampling or sampling_lib.Sampling(),
-      plan_options=tuple(plan_options),
+      plan_options=plan_lib.check_options(plan_options),
       implementation=implementation,
       interpret=interpret,
     )

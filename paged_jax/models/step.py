@@ -18,6 +18,7 @@ from paged_jax.cache import page_table as page_table_lib
 from paged_jax.cache.page_table import PageTable
 from paged_jax.models.attention import AttentionConfig
 from paged_jax.ops import api
+from paged_jax.ops import plan as plan_lib
 from paged_jax.ops.plan import AttentionPlan
 
 
@@ -155,6 +156,7 @@ def decode_step(
 
 
 def _step(table, config, plan_options, *, query_starts, lengths, **fields):
+  plan_options = plan_lib.check_options(plan_options)
   plan = api.plan_attention(
     table.pages,
     lengths,

@@ -12,7 +12,7 @@ from paged_jax.models import gguf as gguf_lib
 from paged_jax.models import weights
 
 _CONTROL = 3  # llama.cpp's token type of markers such as <|im_end|>
-_SMOLLM2_SYSTEM = (
+SMOLLM2_SYSTEM = (
   "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 )
 
@@ -124,12 +124,16 @@ def from_json(path: str | pathlib.Path, eos: Sequence[int]) -> BpeTokenizer:
   return BpeTokenizer(tokenizer, eos)
 
 
-def chat_prompt(message: str, system: str = _SMOLLM2_SYSTEM) -> str:
-  """Returns a user's message in the ChatML form of SmolLM2 and Qwen."""
+def chat_prompt(message: str, system: str = "") -> str:
+  """Returns a user's message in the ChatML form of SmolLM2 and Qwen.
+
+  Args:
+    message: what the user says.
+    system: what the model is told before, as `SMOLLM2_SYSTEM`; "": nothing.
+  """
   turn = lambda role, text: f"<|im_start|>{role}\n{text}<|im_end|>\n"
-  return (
-    turn("system", system) + turn("user", message) + "<|im_start|>assistant\n"
-  )
+  before = turn("system", system) if system else ""
+  return before + turn("user", message) + "<|im_start|>assistant\n"
 
 
 def _library() -> Any:

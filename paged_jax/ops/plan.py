@@ -10,6 +10,7 @@ All layers of a step have the same lengths, so this work is done once:
 Implementations that need no plan ignore it.
 """
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -18,6 +19,9 @@ from jaxtyping import Array, Int
 import numpy as np
 
 from paged_jax.ops import inputs as inputs_lib
+
+# What `plan_attention` can be asked for, all off by default.
+OPTIONS = ("batch_invariant", "shared_prefix", "memory_order")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,3 +121,16 @@ def check_plan(
         f"plan is stale: {name} has changed since plan_attention made it; "
         "call plan_attention again for this step"
       )
+
+
+def check_options(options: Sequence[str]) -> tuple[str, ...]:
+  """Returns names of plan options after checking them.
+
+  Raises:
+    ValueError: one is unknown.
+  """
+  if isinstance(options, str) or not set(options) <= set(OPTIONS):
+    raise ValueError(
+      f"plan_options is {options!r}: pass a sequence of {', '.join(OPTIONS)}"
+    )
+  return tuple(options)

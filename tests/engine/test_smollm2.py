@@ -29,7 +29,8 @@ def test_paged_tokens_are_the_contiguous_ones():
   model = gguf.load_model(path)
   assert model.config == config.named("smollm2-135m")
   tokenizer = tokenizer_lib.from_gguf(path)
-  chats = [tokenizer_lib.chat_prompt(message) for message in _MESSAGES]
+  system = tokenizer_lib.SMOLLM2_SYSTEM
+  chats = [tokenizer_lib.chat_prompt(message, system) for message in _MESSAGES]
   prompts = [tokenizer.encode(text) for text in (*chats, _PLAIN)]
   lengths = np.array([len(prompt) for prompt in prompts])
   pages = int(np.ceil((lengths + _NEW - 1) / 16).sum())

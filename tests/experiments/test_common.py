@@ -1,6 +1,7 @@
 """Shapes, data, checking and records that experiments share."""
 
 import dataclasses
+import inspect
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,8 @@ from experiments.common import (
 from experiments.common import problem as problem_lib
 from paged_jax.models import config as config_lib
 from paged_jax.models.transformer import Transformer
-from paged_jax.ops import write_kv
+from paged_jax.ops import api, write_kv
+from paged_jax.ops import plan as plan_lib
 
 
 def _shape(**changes):
@@ -214,6 +216,18 @@ def test_records_survive_a_cut_line(tmp_path):
   assert book.finished() == {"a"}
 
 
+def test_a_fresh_file_keeps_the_older_one(tmp_path, capsys):
+  path = tmp_path / "qwen2.5-0.5b.jsonl"
+  for text in ("one\n", "two\n", "three\n"):
+    with records.fresh(path) as file:
+      file.write(text)
+  assert path.read_text() == "three\n"
+  older = [tmp_path / f"qwen2.5-0.5b.{n}.jsonl" for n in (1, 2)]
+  assert [x.read_text() for x in older] == ["one\n", "two\n"]
+  told = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+  assert told == list(map(str, older))
+
+
 def _effort():
   return cells.Effort(
     steps=1, cold_bytes=0, seconds=0.0, repeats=2, ahead=1, most_layers=1
@@ -326,9 +340,10 @@ def test_a_gpu_is_timed_by_its_pace(monkeypatch, work):
   assert got.median_us == pytest.approx(1e6 * work / 8, rel=0.02)
 
 
-def test_an_option_of_the_plan_is_one_of_plan_attention():
-  with pytest.raises(NotImplementedError, match="no four_wheels"):
-    programs.ours(_shape(), "xla+four_wheels")({})
+def test_options_are_the_switches_of_plan_attention():
+  parameters = inspect.signature(api.plan_attention).parameters
+  switches = {name for name, x in parameters.items() if x.default is False}
+  assert set(plan_lib.OPTIONS) == switches
 
 
 def test_bench_names_are_checked():
@@ -337,6 +352,19 @@ def test_bench_names_are_checked():
     bench.select(["cpu_tinny"])
   with pytest.raises(ValueError, match='did you mean "dense"'):
     bench.check_names(["xla", "dnese"])
+  names = ["xla", "hopper+memory_order", "xla+batch_invariant+shared_prefix"]
+  assert bench.check_names([*names, "xla"]) == names
+
+
+@pytest.mark.parametrize("name, message", [
+  ("xla+nope", "'xla\\+nope': after a \\+ pass batch_invariant, shared"),
+  ("xla+window", "after a \\+ pass"),  # of plan_attention, but no switch
+  ("hopper+memory_ordr", 'did you mean "memory_order"'),
+  ("dense+memory_order", "dense makes no plan"),
+])
+def test_options_of_bench_names_are_checked(name, message):
+  with pytest.raises(ValueError, match=message):
+    bench.check_names(["xla", name])
 
 
 def test_captured_tensors_are_causal_and_packed_by_row():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from configs import decode as config_file
+from configs import qwen
 from experiments import decode
 from experiments.common import compiles, decoding, loading
 from paged_jax.engine import contiguous, generate
@@ -162,10 +163,43 @@ def test_a_recompiled_program_is_an_exit_code(
     num_pages=1,
   )
   monkeypatch.setattr(decoding, "run", lambda *args: result)
+  (tmp_path / "tiny.jsonl").write_text("older\n")
   assert decode.run(config, tmp_path) == 1
+  assert (tmp_path / "tiny.1.jsonl").read_text() == "older\n"
   out = capsys.readouterr().out
   assert "FAIL: 2 programs compiled after the warm-up" in out
   assert "decode:" not in out  # a run of one token has no decode step
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(lengths=()), "config.lengths is empty"),
+    (dict(page_size=0), "config.page_size is 0"),
+    (dict(max_new_tokens=0), "config.max_new_tokens is 0"),
+    (dict(temperature=-1.0), "temperature is -1.0"),
+  ],
+)
+def test_bad_config(config, tmp_path, capsys, change, message):
+  bad = config.copy_and_resolve_references()
+  bad.update(change)
+  with pytest.raises(ValueError, match=message):
+    decode.run(bad, tmp_path)
+  assert not capsys.readouterr().out  # no headline of what does not run
+
+
+def test_another_experiments_config(tmp_path):
+  with pytest.raises(ValueError, match="no 'model'.*configs/decode.py"):
+    decode.run(qwen.get_config("tiny"), tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_run(
+  config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(decoding, "run", lambda *args: pytest.fail("it ran"))
+  (tmp_path / "file").touch()
+  with pytest.raises(OSError):
+    decode.run(config, tmp_path / "file" / "out")
 
 
 def test_spans():
@@ -194,6 +228,7 @@ def command(*args):
        "--config.num_pages=3"],
       "the longest row alone needs 7",
     ),
+    (["experiments.decode_ratio", "--dtype=foo"], "float32|bfloat16|float16"),
     (["experiments.prefill", "--config.length=0"], "config.length is 0"),
     (["experiments.verify", "--break=everything"], "mask|slot|table|scale"),
     (["experiments.verify", "--config.model.weights=no.gguf"], "no such file"),

@@ -1,6 +1,5 @@
 """The prefill experiment: paths that agree, figures that add up, errors."""
 
-import dataclasses
 import json
 import types
 
@@ -59,10 +58,21 @@ def test_wrong_logits_fail(config, tmp_path, capsys, monkeypatch):
 
   monkeypatch.setattr(prefilling, "standard_call", call)
   monkeypatch.setattr(prefilling, "paged_call", call)
+  (tmp_path / "qwen_tiny.jsonl").write_text("older\n")
   assert prefill.run(config, tmp_path) == 1
+  assert (tmp_path / "qwen_tiny.1.jsonl").read_text() == "older\n"
   out = capsys.readouterr().out
   assert "1 mismatches at Medium, the worst at [1, 3]" in out
   assert out.splitlines()[-1] == "FAIL: wrong logits: paged, chunk 8"
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_run(
+  config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(prefilling, "run", lambda plan: pytest.fail("it ran"))
+  (tmp_path / "file").touch()
+  with pytest.raises(OSError):
+    prefill.run(config, tmp_path / "file" / "out")
 
 
 def test_paths_take_turns():
@@ -95,13 +105,15 @@ def test_a_chunk_of_the_whole_prompt_is_left_out(config):
   assert prefilling.make_plan(config).chunks == (8,)
 
 
-def test_pages_are_scattered(config):
-  plan = prefilling.make_plan(config)
-  table, cache = prefilling._pages(plan)
+def test_pages_are_scattered():
+  sizes = model_config.named("tiny")
+  table, cache = prefilling.scattered(sizes, batch=2, tokens=21, page_size=4)
   assert table.pages.shape == (2, 6) and cache.num_pages == 12
   assert not (np.asarray(table.pages).ravel() == np.arange(12)).all()
-  two = dataclasses.replace(plan, page_size=16)
-  assert prefilling._pages(two)[0].pages.shape == (2, 2)
+  assert sorted(np.asarray(table.pages).ravel()) == list(range(12))
+  assert not table.lengths.any()
+  two, _ = prefilling.scattered(sizes, batch=2, tokens=21, page_size=16)
+  assert two.pages.shape == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +125,11 @@ def test_pages_are_scattered(config):
     (dict(prefill=dict(model="qwen2.5-05b")), "did you mean"),
     (dict(prefill=dict(weights="/nowhere.gguf")), "there is no such file"),
     (dict(prefill=dict(cpu=dict(dtype="float8"))), "config.model.dtype"),
-    (dict(prefill=dict(cpu=dict(standard="cuda"))), "gpu.standard is 'cuda'"),
-    (dict(prefill=dict(cpu=dict(standard="cudnn"))), "half precision only"),
+    (dict(prefill=dict(cpu=dict(standard="cuda"))),
+     "config.prefill.cpu.standard is 'cuda'"),
+    (dict(prefill=dict(cpu=dict(standard="cudnn"))),
+     "config.prefill.cpu.standard is 'cudnn'.* half precision only"),
+    (dict(prefill=dict(cpu=dict(warmup=0))), "config.prefill.cpu.warmup is 0"),
   ],
 )
 def test_bad_config(config, change, message):
@@ -127,7 +142,7 @@ def test_bad_config(config, change, message):
 def test_a_config_without_the_section(config, tmp_path):
   bad = config.copy_and_resolve_references()
   del bad.prefill
-  with pytest.raises(ValueError, match="no section prefill"):
+  with pytest.raises(ValueError, match="no 'prefill'.*configs/qwen.py"):
     prefill.run(bad, tmp_path)
 
 

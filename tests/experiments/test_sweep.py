@@ -2,18 +2,23 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from configs import qwen, smollm2
+from configs import decode, qwen, smollm2
 from experiments import sweep
-from experiments.common import ceilings, report, verify
+from experiments.common import ceilings, records, report, sources, verify
 from experiments.common import grid as grid_lib
 from paged_jax.ops import xla
 
+_COMMITTED = (
+  pathlib.Path(__file__).parents[2]
+  / "experiments/results/h100_sweep_qwen/rows.jsonl"
+)
 _LIMITS = ceilings.Ceilings(read_gbps=10.0, copy_gbps=5.0, matmul_tflops=0.1)
 
 
@@ -141,8 +146,70 @@ def test_a_fresh_start_keeps_the_old_rows_aside(tmp_path, quick):
   (tmp_path / "rows.jsonl").write_text('{"key": "old", "status": "ok"}\n')
   grid = _grid(cpu=dict(implementations=("reference",)))
   assert sweep.sweep(grid, tmp_path, resume=False) == 0
-  assert len(_rows(tmp_path)) == 1
+  (row,) = _rows(tmp_path)
+  assert row["recipe"] == grid_lib.recipe(grid, grid.cpu)
   assert "old" in (tmp_path / "rows.1.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(seed=7), "seed is 7 but .*rows.jsonl was made with 0"),
+    (dict(text="other.txt"), "text is 'other.txt' but .* made with ''"),
+    (dict(cpu=dict(seconds=1.0)), "seconds is 1.0 but .* made with 0.02"),
+    (dict(cpu=dict(cold_mb=64)), "cold_mb is 64 but .* made with 1"),
+  ],
+)
+def test_resume_refuses_another_runs_rows(tmp_path, changes, message):
+  grid = _grid()
+  recipe = grid_lib.recipe(grid, grid.cpu)
+  for cell in grid_lib.expand(grid, on_gpu=False)[0]:
+    records.Records(tmp_path / "rows.jsonl").append(
+      dict(key=cell.key, status="ok", seed=0, recipe=recipe)
+    )
+  before = _rows(tmp_path)
+  with pytest.raises(ValueError, match=message):
+    sweep.sweep(_grid(**changes), tmp_path, resume=True)
+  assert _rows(tmp_path) == before
+  assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_rows_without_a_recipe_are_read_and_held_to_their_seed(tmp_path):
+  rows = records.Records(_COMMITTED).rows()
+  assert not any("recipe" in row for row in rows)
+  grid = grid_lib.from_config(qwen.get_config())
+  recipe = grid_lib.recipe(grid, grid.gpu)
+  sweep._check_recipe(recipe, rows, _COMMITTED)
+  with pytest.raises(ValueError, match="seed is 1 but .* made with 0"):
+    sweep._check_recipe(recipe | dict(seed=1), rows, _COMMITTED)
+  mixed = [*rows[:2], rows[2] | dict(recipe=recipe)]
+  assert sweep._finish(mixed, tmp_path, 0, []) == 0
+  assert len((tmp_path / "report.csv").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("why", ["no cell", "no text", "no folder"])
+def test_what_cannot_run_sets_nothing_aside(tmp_path, quick, why):
+  def refuse(*args):
+    raise ValueError("no text")
+
+  def no_folder(*args, **kwargs):
+    raise OSError("no folder")
+
+  path = tmp_path / "rows.jsonl"
+  path.write_text('{"key": "old", "status": "ok"}\n')
+  grid = _grid(cpu=dict(page_sizes=(7,))) if why == "no cell" else _grid()
+  if why == "no text":
+    quick.setattr(sources, "make", refuse)
+  if why == "no folder":
+    quick.setattr(pathlib.Path, "mkdir", no_folder)
+  with pytest.raises((ValueError, OSError), match=why):
+    sweep.sweep(grid, tmp_path, resume=False)
+  assert list(tmp_path.iterdir()) == [path]  # no report either
+
+
+def test_another_experiments_config():
+  with pytest.raises(ValueError, match="no 'source'.*configs/qwen.py"):
+    grid_lib.from_config(decode.get_config("tiny"))
 
 
 @pytest.mark.parametrize(
@@ -170,6 +237,9 @@ def test_a_wrong_flag_is_one_line(flag, message):
     (dict(cpu=dict(implementations=("xxla",))), 'did you mean "xla"'),
     (dict(ratios=(3,)), "does not divide"),
     (dict(source="smollm3"), 'did you mean "smollm2"'),
+    (dict(seed=-1), "config.seed is -1: pass at least 0"),
+    (dict(cpu=dict(decode_batch=0)), "config.cpu.decode_batch is 0"),
+    (dict(cpu=dict(seconds=-0.5)), "config.cpu.seconds is -0.5"),
   ],
 )
 def test_a_wrong_config_value_is_named(changes, message):

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import decode as decode_config
 from configs import train_bytes
 from experiments import train
 from experiments.common import records as records_lib
@@ -181,6 +182,10 @@ def test_resume_refuses_another_run(finished, tmp_path):
     (dict(generate=dict(temperature=-1.0)), "temperature is -1.0"),
     (dict(model=dict(num_heads=3)), "num_heads is 3, not a multiple"),
     (dict(model=dict(width=3)), "config.model has no field 'width'"),
+    (dict(model=dict(dtype="foo")), "config.model.dtype is 'foo'"),
+    (dict(model=dict(hidden=0)), "config.model.hidden is 0"),
+    (dict(seed=-1), "config.seed is -1"),
+    (dict(generate=dict(implementation="xxla")), 'did you mean "xla"'),
   ],
 )
 def test_bad_config(change, message):
@@ -189,6 +194,11 @@ def test_bad_config(change, message):
     config.update(change)
   with pytest.raises((ValueError, OSError), match=message):
     train.make_plan(config)
+
+
+def test_another_experiments_config():
+  with pytest.raises(ValueError, match="no 'generate'.*configs/train_bytes.py"):
+    train.make_plan(decode_config.get_config("tiny"))
 
 
 def test_wrong_input_is_one_line():

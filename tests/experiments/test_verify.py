@@ -7,6 +7,7 @@ from ml_collections import config_dict
 import numpy as np
 import pytest
 
+from configs import decode as decode_config
 from configs import verify as config_file
 from experiments import verify
 from experiments.common import faults, tolerance, verification
@@ -60,6 +61,14 @@ def test_right_tables_pass(run):
 def test_combined_tables_pass(run):
   code, out, _ = run(tables=("combined", "shared+combined"))
   assert code == 0 and "PASS: 2 of 2 tables" in out
+
+
+def test_an_older_result_is_kept_aside(run, monkeypatch, tmp_path):
+  monkeypatch.setattr(verification, "verify", lambda plan, references: [])
+  (tmp_path / "tiny.jsonl").write_text("older\n")
+  _, out, rows = run()
+  assert rows == [] and "earlier run's rows are kept as" in out
+  assert (tmp_path / "tiny.1.jsonl").read_text() == "older\n"
 
 
 @pytest.mark.parametrize("fault", faults.NAMES)
@@ -182,3 +191,8 @@ def test_bad_config(config, changes, message):
   bad.update(changes)
   with pytest.raises(ValueError, match=message):
     verification.make_plan(bad)
+
+
+def test_another_experiments_config(tmp_path):
+  with pytest.raises(ValueError, match="no 'tables'.*configs/verify.py"):
+    verify.run(decode_config.get_config("tiny"), tmp_path)

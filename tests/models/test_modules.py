@@ -140,7 +140,7 @@ def test_a_step_takes_the_options_of_plans():
       config, [9, 3], 12, plan_options=("batch_invariant",),
       implementation="xla",
     )
-  with pytest.raises(TypeError, match="fast"):
+  with pytest.raises(ValueError, match="plan_options is .*memory_order"):
     _prefilled(config, [9, 3], 12, plan_options=("fast",))
 
 

@@ -34,7 +34,7 @@ def test_smollm2_round_trip(smollm2, text):
 def test_smollm2_markers_and_digits(smollm2):
   assert smollm2.vocab_size == 49152
   assert smollm2.eos == (2,)
-  tokens = smollm2.encode(tokenizer_lib.chat_prompt("Hi"))
+  tokens = smollm2.encode(tokenizer_lib.chat_prompt("Hi", "Be kind"))
   # <|im_start|> 1 and <|im_end|> 2 are one id each, and text when skipped.
   assert [t for t in tokens if t < 17] == [1, 2, 1, 2, 1]
   assert smollm2.decode(tokens).endswith("user\nHi\nassistant\n")

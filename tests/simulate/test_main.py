@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from configs import decode as decode_config
 from configs import simulate as config_file
 from experiments import simulate
 from paged_jax.simulate import cases
@@ -90,7 +91,9 @@ def test_failure_is_an_exit_code(tmp_path, monkeypatch, capsys):
   config.study.contexts = (512,)
   config.study.scales = config.study.batches = (1,)
   plan = simulate.make_plan(config)
+  (tmp_path / "results.jsonl").write_text("older\n")
   assert simulate.run(plan, tmp_path) == 1
+  assert (tmp_path / "results.1.jsonl").read_text() == "older\n"
   assert "FAIL: 1 of 3 runs: sim-small1 serial" in capsys.readouterr().out
 
 
@@ -111,6 +114,11 @@ def test_bad_config(change, message):
   config.update(change)
   with pytest.raises(ValueError, match=message):
     simulate.make_plan(config)
+
+
+def test_another_experiments_config():
+  with pytest.raises(ValueError, match="no 'study'.*configs/simulate.py"):
+    simulate.make_plan(decode_config.get_config("tiny"))
 
 
 def test_config_carries_every_decode_case():
