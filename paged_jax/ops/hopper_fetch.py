@@ -8,6 +8,11 @@ sixteenth of its share: memory is idle when a kernel begins. Each slot has a
 barrier that counts copies (and their bytes) and one that counts readers done.
 """
 
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
 from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
@@ -17,113 +22,163 @@ from paged_jax.ops.backend import mosaic
 from paged_jax.ops.inputs import Inputs
 
 
+class _Side(NamedTuple):
+  """What K, or V, is copied from and to, and the barriers of its slots."""
+
+  pool: Any
+  smem: Any
+  full: Any
+  free: Any
+
+
 def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
-  """Copies query rows and live pages into shared memory, ahead of use."""
+  """Copies query rows and live pages into shared memory, ahead of use.
+
+  wait: called before anything is read that an earlier kernel may write.
+  """
   q_ref, k_ref, v_ref, layer_ref, k_table, *v_table = sources
   q_smem, k_smem, v_smem = buffers
   q_full, q_free, k_full, v_full, k_free, v_free = barriers
-  p, M = inputs.page_size, inputs.max_pages
-  step = c.step
-  # Row blocks of a bundle read the same pages.
-  once = None if c.row_blocks > 1 else jnp.array(True)
+  fetching = _Fetch(
+    inputs=inputs,
+    config=c,
+    interpret=interpret,
+    wait=wait,
+    layer=layer_ref,
+    tables=(k_table, *v_table),
+    query=(q_ref, q_smem, q_full, q_free),
+    k=_Side(k_ref, k_smem, k_full, k_free),
+    v=_Side(v_ref, v_smem, v_full, v_free),
+  )
+  tiles, segments = walk(fetching.begin, fetching.stretch)
+  # Every phase of a barrier is seen by its waiter, the last ones too.
+  for free, uses in ((q_free, segments), (k_free, tiles), (v_free, tiles)):
+    for i in range(c.query_slots if free is q_free else c.stages):
+      backend.wait_if(uses > i, free.at[i])
 
-  def pages_at(b, position):
-    at = [
-      jnp.minimum(lax.div(position + j * step, jnp.int32(p)), M - 1)
-      for j in range(c.copies)
-    ]
-    k = tuple(k_table[b, i] for i in at)
-    return k + tuple(table[b, i] for table in v_table for i in at)
 
-  def part(pool, layer, page, bundle, position):
-    """What one copy brings: a bundle of a page, or positions of it."""
-    # An int32 is enough: 2**31 tiles of 1 KiB or more fit no GPU.
-    index = (layer * inputs.num_pages + page) * c.bundles + bundle
-    if step == p:
-      return pool.at[index]
-    # A tile is part of a page (kb is 1).
-    return pool.at[index, pl.ds(lax.rem(position, jnp.int32(p)), step)]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Fetch:
+  """What the fetching warpgroup knows and works with."""
 
-  def begin(b, position, segment, high, share):
-    """Asks L2 for the first tiles of a share, and waits for earlier kernels."""
-    layer = layer_ref[0]  # may be an old one: a hint only, read again below
+  inputs: Inputs
+  config: hopper_tuning.Config
+  interpret: bool
+  wait: Callable[[], None]
+  layer: Any
+  tables: tuple[Any, ...]  # K's, and V's if it has its own
+  query: tuple[Any, Any, Any, Any]  # in memory, in shared memory; full, free
+  k: _Side
+  v: _Side
+
+  def begin(self, b, position, segment, high, share):
+    """Asks L2 for the first tiles of a share, and waits for earlier kernels.
+
+    Returns:
+      The page ids of the first tile, and the layer.
+    """
+    c = self.config
+    layer = self.layer[0]  # may be an old one: a hint only, read again below
     bundle = lax.div(segment, jnp.int32(c.row_blocks))
     ahead = lax.div(share, jnp.int32(hopper_tuning.PART_AHEAD * c.tokens))
     tiles = []
     for i in range(c.ahead):
       here = position + i * c.tokens
-      pages = pages_at(b, here)
+      pages = self._pages(b, here)
       tiles.append(pages)
-      for pool, ids in (
-        (k_ref, pages[: c.copies]), (v_ref, pages[-c.copies :])
-      ):
+      for side, ids in self._sides(pages):
         for j, page in enumerate(ids):
-          first = here + j * step
+          first = here + j * c.step
           live = (first < high) & ((i == 0) | (i < ahead))
-          backend.prefetch_if(
-            live, part(pool, layer, page, bundle, first), interpret
-          )
-    wait()
-    return tiles[0], layer_ref[0]
+          source = self._part(side.pool, layer, page, bundle, first)
+          backend.prefetch_if(live, source, self.interpret)
+    self.wait()
+    return tiles[0], self.layer[0]
 
-  def stretch(at, carry):
+  def stretch(self, at, carry):
+    """Copies a stretch; its first page ids are given, the next's returned."""
     pages, layer = carry
-    b, s, sequence, begin, tiles, done, n = (
-      at.b, at.segment, at.sequence, at.begin, at.tiles, at.done, at.n
-    )
-    bundle = lax.div(s, jnp.int32(c.row_blocks))
-    block = lax.rem(s, jnp.int32(c.row_blocks))
-    low = sequence[hopper_plan.LOW]
-    high = jnp.minimum(sequence[hopper_plan.HIGH], at.end)
-    slot = lax.rem(n, jnp.int32(c.query_slots))
-
-    backend.wait_if(n >= c.query_slots, q_free.at[slot])
-    token = sequence[hopper_plan.QUERY_START] + block * c.block_tokens
-    for j in range(c.block_tokens):
-      row = query_row(inputs, c, token + j, bundle)
-      mosaic.copy_gmem_to_smem(
-        q_ref.at[pl.ds(row - row_shift(c, row), c.token_rows)],
-        q_smem.at[slot, pl.ds(j * c.token_rows, c.token_rows)],
-        q_full.at[slot],
-      )
-
-    def one_tile(i, pages):
-      position = begin + i * c.tokens
-      slot = lax.rem(done + i, jnp.int32(c.stages))
-      last = i + 1 == tiles
-      following = pages_at(
-        jnp.where(last, at.next_b, b),
-        jnp.where(last, at.next_begin, position + c.tokens),
-      )
-      for pool, smem, full, free, ids in (
-        (k_ref, k_smem, k_full, k_free, pages[: c.copies]),
-        (v_ref, v_smem, v_full, v_free, pages[-c.copies :]),
-      ):
-
-        backend.wait_if(done + i >= c.stages, free.at[slot])
-        for j, page in enumerate(ids):
-          first = position + j * step
-          live = (first + step > low) & (first < high)
-          source = part(pool, layer, page, bundle, first)
-          target = smem.at[slot, pl.ds(j * step * c.kb, step * c.kb)]
-          backend.copy_if(
-            live, source, target, full.at[slot], interpret, once
-          )
-      return following
-
-    pages = lax.fori_loop(0, tiles, one_tile, pages)
+    c = self.config
+    bundle = lax.div(at.segment, jnp.int32(c.row_blocks))
+    block = lax.rem(at.segment, jnp.int32(c.row_blocks))
+    low = at.sequence[hopper_plan.LOW]
+    high = jnp.minimum(at.sequence[hopper_plan.HIGH], at.end)
+    self._copy_queries(at, bundle, block)
+    one = functools.partial(self._tile, at, layer, bundle, low, high)
+    pages = lax.fori_loop(0, at.tiles, one, pages)
     if c.cut == hopper_tuning.WHOLE:  # which may have no tiles
-      ahead = pages_at(at.next_b, at.next_begin)
+      ahead = self._pages(at.next_b, at.next_begin)
       pages = tuple(
-        jnp.where(tiles > 0, x, y) for x, y in zip(pages, ahead, strict=True)
+        jnp.where(at.tiles > 0, x, y)
+        for x, y in zip(pages, ahead, strict=True)
       )
     return pages, layer
 
-  tiles, segments = walk(begin, stretch)
-  # Every phase of a barrier is seen by its waiter, the last ones too.
-  for free, uses in ((q_free, segments), (k_free, tiles), (v_free, tiles)):
-    for i in range(c.query_slots if free is q_free else c.stages):
-      backend.wait_if(uses > i, free.at[i])
+  def _copy_queries(self, at, bundle, block):
+    inputs, c = self.inputs, self.config
+    memory, smem, full, free = self.query
+    slot = lax.rem(at.n, jnp.int32(c.query_slots))
+    backend.wait_if(at.n >= c.query_slots, free.at[slot])
+    token = at.sequence[hopper_plan.QUERY_START] + block * c.block_tokens
+    for j in range(c.block_tokens):
+      row = query_row(inputs, c, token + j, bundle)
+      mosaic.copy_gmem_to_smem(
+        memory.at[pl.ds(row - row_shift(c, row), c.token_rows)],
+        smem.at[slot, pl.ds(j * c.token_rows, c.token_rows)],
+        full.at[slot],
+      )
+
+  def _tile(self, at, layer, bundle, low, high, i, pages):
+    """Copies the stretch's i-th tile; returns the page ids of the next."""
+    c, step = self.config, self.config.step
+    position = at.begin + i * c.tokens
+    slot = lax.rem(at.done + i, jnp.int32(c.stages))
+    last = i + 1 == at.tiles
+    following = self._pages(
+      jnp.where(last, at.next_b, at.b),
+      jnp.where(last, at.next_begin, position + c.tokens),
+    )
+    # Row blocks of a bundle read the same pages.
+    once = None if c.row_blocks > 1 else jnp.array(True)
+    for side, ids in self._sides(pages):
+      backend.wait_if(at.done + i >= c.stages, side.free.at[slot])
+      for j, page in enumerate(ids):
+        first = position + j * step
+        live = (first + step > low) & (first < high)
+        backend.copy_if(
+          live,
+          self._part(side.pool, layer, page, bundle, first),
+          side.smem.at[slot, pl.ds(j * step * c.kb, step * c.kb)],
+          side.full.at[slot],
+          self.interpret,
+          once,
+        )
+    return following
+
+  def _pages(self, b, position):
+    """Page ids of a tile: K's, then V's if it has a table of its own."""
+    p, last = self.inputs.page_size, self.inputs.max_pages - 1
+    at = [
+      jnp.minimum(lax.div(position + j * self.config.step, jnp.int32(p)), last)
+      for j in range(self.config.copies)
+    ]
+    return tuple(table[b, i] for table in self.tables for i in at)
+
+  def _sides(self, pages):
+    """K and V, each with its page ids."""
+    copies = self.config.copies
+    return (self.k, pages[:copies]), (self.v, pages[-copies:])
+
+  def _part(self, pool, layer, page, bundle, position):
+    """What one copy brings: a bundle of a page, or positions of it."""
+    p, step = self.inputs.page_size, self.config.step
+    # An int32 is enough: 2**31 tiles of 1 KiB or more fit no GPU.
+    index = layer * self.inputs.num_pages + page
+    index = index * self.config.bundles + bundle
+    if step == p:
+      return pool.at[index]
+    # A tile is part of a page (kb is 1).
+    return pool.at[index, pl.ds(lax.rem(position, jnp.int32(p)), step)]
 
 
 def query_row(inputs: Inputs, c: hopper_tuning.Config, token, bundle):

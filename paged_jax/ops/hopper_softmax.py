@@ -11,8 +11,10 @@ warp. The result is acc / l and m + log2 l, written through shared memory; a
 sink joins l where this is the output.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any, NamedTuple
 
 from jax import lax
 from jax.experimental import pallas as pl
@@ -22,6 +24,18 @@ from paged_jax.ops import backend, hopper_fetch, hopper_plan, hopper_tuning
 from paged_jax.ops.backend import mosaic
 
 _LOG2E = math.log2(math.e)
+
+
+class _Barriers(NamedTuple):
+  """By slot, whether it is full or free; V's dead rows."""
+
+  q_full: Any
+  q_free: Any
+  k_full: Any
+  v_full: Any
+  k_free: Any
+  v_free: Any
+  v_clean: Any
 
 
 def attend(
@@ -38,108 +52,133 @@ def attend(
   barriers,
 ):
   """Online softmax over the tiles of each stretch."""
-  q_smem, k_smem, v_smem = buffers
-  q_full, q_free, k_full, v_full, k_free, v_free, v_clean = barriers
-  H = inputs.head_dim
-  dtype = inputs.query.dtype
-  scale = inputs.scale * _LOG2E
-  by_row = mosaic.Layout.WGMMA.reduce(1)
+  warpgroup = _Warpgroup(
+    inputs=inputs,
+    config=c,
+    interpret=interpret,
+    wg=wg,
+    sinks=sinks_ref,
+    outputs=outputs,
+    shares=shares,
+    buffers=buffers,
+    staging=staging,
+    barriers=_Barriers(*barriers),
+  )
+  # The accumulator of H = 256 leaves no registers to read ahead, nor does a
+  # third warpgroup.
+  ahead = inputs.head_dim < 256 and c.consumers == 1
+  walk(lambda *_: (), warpgroup.stretch, ahead=ahead)
+  if shares:
+    mosaic.wait_smem_to_gmem(0)
 
-  def full(shape, value, layout):
-    return mosaic.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
-  def stretch(at, _):
-    s, sequence = at.segment, at.sequence
-    low = sequence[hopper_plan.LOW]
-    high = jnp.minimum(sequence[hopper_plan.HIGH], at.end)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Warpgroup:
+  """What a computing warpgroup knows and works with."""
+
+  inputs: Any
+  config: hopper_tuning.Config
+  interpret: bool
+  wg: Any
+  sinks: Any
+  outputs: tuple[Any, Any]  # of whole segments: results and their LSE
+  shares: tuple[Any, ...]  # likewise of others
+  buffers: tuple[Any, Any, Any]  # shared memory of query, K, V, by slot
+  staging: tuple[Any, ...]  # likewise of shares
+  barriers: _Barriers
+
+  def stretch(self, at, _):
+    """Computes a stretch and writes the result."""
+    c, barriers = self.config, self.barriers
+    low = at.sequence[hopper_plan.LOW]
+    high = jnp.minimum(at.sequence[hopper_plan.HIGH], at.end)
     q_slot = lax.rem(at.n, jnp.int32(c.query_slots))
-    mosaic.barrier_wait(q_full.at[q_slot])
-
-    def one_tile(i, carry):
-      acc, m, l = carry
-      position = at.begin + i * c.tokens
-      slot = lax.rem(at.done + i, jnp.int32(c.stages))
-      mosaic.barrier_wait(k_full.at[slot])
-      logits = backend.matmul(
-        q_smem.at[q_slot], k_smem.at[slot], (64, c.tile), interpret
-      )
-      mosaic.barrier_arrive(k_free.at[slot])
-      unit = scale  # logits times this are in units of log2
-      if inputs.soft_cap is not None:
-        logits = soft_cap(logits, inputs.scale, inputs.soft_cap)
-        unit = _LOG2E
-      seen = _seen(
-        inputs, c, wg, s, sequence, position, low - position, high - position
-      )
-      logits = jnp.where(seen, logits, -jnp.inf)
-      m_new = jnp.maximum(m, logits.max(axis=1) * unit)
-      m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
-      alpha = jnp.exp2(m - m_safe)
-      p = jnp.exp2(logits * unit - _across(m_safe, c.tile))
-      l = l * alpha + p.sum(axis=1)
-      acc = acc * _across(alpha, H)
-      p = p.astype(dtype)
-      mosaic.barrier_wait(v_full.at[slot])
-      dead = (position < low) | (position + c.tokens > high)
-
-      @pl.when(dead)
-      def _():
-        @pl.when(wg == 0)  # the tile is shared
-        def _():
-          backend.zero_dead_rows(
-            v_smem.at[slot],
-            low - position,
-            high - position,
-            interpret,
-            heads=c.kb,
-            step=c.step,
-          )
-
-        if c.consumers > 1:
-          mosaic.barrier_arrive(v_clean)
-          mosaic.barrier_wait(v_clean)
-
-      acc = backend.matmul_add(acc, p, v_smem.at[slot], interpret)
-      mosaic.barrier_arrive(v_free.at[slot])
-      return acc, m_new, l
-
-    acc, m, l = lax.fori_loop(
-      0,
-      at.tiles,
-      one_tile,
-      (
-        full((64, H), 0.0, mosaic.Layout.WGMMA),
-        full((64,), -jnp.inf, by_row),
-        full((64,), 0.0, by_row),
-      ),
-    )
-    mosaic.barrier_arrive(q_free.at[q_slot])
+    mosaic.barrier_wait(barriers.q_full.at[q_slot])
+    one = functools.partial(self._tile, at, q_slot, low, high)
+    state = lax.fori_loop(0, at.tiles, one, self._start())
+    mosaic.barrier_arrive(barriers.q_free.at[q_slot])
 
     def share():
-      out, lse = _normalise(acc, m, l)
-      _write_share(c, at.partial, wg, out, lse, shares, staging)
-
-    def whole():
-      weights = acc, m, l
-      if sinks_ref is not None:
-        weights = _add_sinks(inputs, c, wg, s, sequence, sinks_ref, *weights)
-      out, lse = _normalise(*weights)
-      _write_output(
-        inputs, c, interpret, wg, s, sequence, out, lse * (1 / _LOG2E), outputs
-      )
+      out, lse = _normalise(*state)
+      _write_share(c, at.partial, self.wg, out, lse, self.shares, self.staging)
 
     if c.cut == hopper_tuning.WHOLE:
-      whole()
+      self._write_whole(at, state)
     else:
-      pl.when(at.whole)(whole)
+      pl.when(at.whole)(lambda: self._write_whole(at, state))
       pl.when(jnp.logical_not(at.whole))(share)
     return ()
 
-  # The accumulator of H = 256 leaves no registers to read ahead, nor does a
-  # third warpgroup.
-  walk(lambda *_: (), stretch, ahead=H < 256 and c.consumers == 1)
-  if shares:
-    mosaic.wait_smem_to_gmem(0)
+  def _start(self):
+    """The state of rows that have seen nothing: [64, H], [64], [64]."""
+
+    def full(shape, value, layout):
+      return mosaic.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+    by_row = mosaic.Layout.WGMMA.reduce(1)
+    return (
+      full((64, self.inputs.head_dim), 0.0, mosaic.Layout.WGMMA),
+      full((64,), -jnp.inf, by_row),
+      full((64,), 0.0, by_row),
+    )
+
+  def _tile(self, at, q_slot, low, high, i, carry):
+    """Online softmax over the stretch's i-th tile."""
+    acc, m, l = carry
+    inputs, c, barriers = self.inputs, self.config, self.barriers
+    q_smem, k_smem, v_smem = self.buffers
+    position = at.begin + i * c.tokens
+    slot = lax.rem(at.done + i, jnp.int32(c.stages))
+    mosaic.barrier_wait(barriers.k_full.at[slot])
+    logits = backend.matmul(
+      q_smem.at[q_slot], k_smem.at[slot], (64, c.tile), self.interpret
+    )
+    mosaic.barrier_arrive(barriers.k_free.at[slot])
+    unit = inputs.scale * _LOG2E  # logits times this are in units of log2
+    if inputs.soft_cap is not None:
+      logits = soft_cap(logits, inputs.scale, inputs.soft_cap)
+      unit = _LOG2E
+    place = inputs, c, self.wg, at.segment, at.sequence
+    seen = _seen(*place, position, low - position, high - position)
+    logits = jnp.where(seen, logits, -jnp.inf)
+    m_new = jnp.maximum(m, logits.max(axis=1) * unit)
+    m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
+    alpha = jnp.exp2(m - m_safe)
+    p = jnp.exp2(logits * unit - _across(m_safe, c.tile))
+    l = l * alpha + p.sum(axis=1)
+    acc = acc * _across(alpha, inputs.head_dim)
+    p = p.astype(inputs.query.dtype)
+    mosaic.barrier_wait(barriers.v_full.at[slot])
+    dead = (position < low) | (position + c.tokens > high)
+    pl.when(dead)(lambda: self._clean(slot, low - position, high - position))
+    acc = backend.matmul_add(acc, p, v_smem.at[slot], self.interpret)
+    mosaic.barrier_arrive(barriers.v_free.at[slot])
+    return acc, m_new, l
+
+  def _clean(self, slot, low, high):
+    """Zeroes the rows of V outside positions low .. high - 1 of its tile."""
+    c = self.config
+    *_, v_smem = self.buffers
+
+    @pl.when(self.wg == 0)  # the tile is shared
+    def _():
+      backend.zero_dead_rows(
+        v_smem.at[slot], low, high, self.interpret, heads=c.kb, step=c.step
+      )
+
+    if c.consumers > 1:
+      mosaic.barrier_arrive(self.barriers.v_clean)
+      mosaic.barrier_wait(self.barriers.v_clean)
+
+  def _write_whole(self, at, state):
+    """Writes the output of a segment that this CTA computed as a whole."""
+    place = self.inputs, self.config, self.wg, at.segment, at.sequence
+    if self.sinks is not None:
+      state = _add_sinks(*place, self.sinks, *state)
+    out, lse = _normalise(*state)
+    _write_output(
+      *place, self.interpret, out, lse * (1 / _LOG2E), self.outputs
+    )
 
 
 def _normalise(acc, m, l):
@@ -223,7 +262,7 @@ def _seen(inputs, c, wg, s, sequence, position, low, high):
 
 
 def _write_output(
-  inputs, c, interpret, wg, s, sequence, out, lse, outputs
+  inputs, c, wg, s, sequence, interpret, out, lse, outputs
 ):
   """Stores the rows of a whole segment, each to its token and head."""
   out_ref, lse_ref = outputs
