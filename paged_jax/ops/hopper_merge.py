@@ -115,52 +115,61 @@ def _kernel(inputs, c, by_cut, interpret, *refs):
   heads = _Heads(
     inputs, c, partial_ref, partial_lse_ref, sinks_ref, *refs[-2:]
   )
+  mine = functools.partial(_share, helper=helper, helpers=helpers)
+  merge_segment = functools.partial(
+    _merge_segment, heads, sequence, segment, mine, base, count
+  )
+  few = count <= _FEW
+  pl.when(split & few)(lambda: merge_segment(few=True))
+  pl.when(split & jnp.logical_not(few))(lambda: merge_segment(few=False))
+  everywhere = functools.partial(
+    _share, helper=place * parts + part, helpers=places * parts
+  )
+  _write_empty(heads, sequence_of, everywhere)
+
+
+def _merge_segment(heads, sequence, segment, mine, base, count, *, few):
+  """Merges a share of a segment's groups of heads, of its query tokens.
+
+  mine: calls do(i) for what is this CTA's of 0 .. total - 1, mine(total, do).
+  base, count: the first of its partials, and how many there are.
+  few: whether they are _FEW at most: then some groups are merged at a time.
+  """
+  c = heads.config
   bundle, block = _divmod(segment, c.row_blocks)
   tokens = sequence[hopper_plan.QUERY_LENGTH] - block * c.block_tokens
   tokens = jnp.clip(tokens, 0, c.block_tokens)
   token = sequence[hopper_plan.QUERY_START] + block * c.block_tokens
+  together = _TOGETHER if few else 1
+  last = c.heads // heads.number - 1
+  pieces = last // together + 1
 
-  def merge_groups(together, add_all):
-    """Merges this CTA's share of the segment's groups, some at a time."""
-    last = c.heads // heads.number - 1
-    pieces = last // together + 1
+  def one(i):
+    j, piece = _divmod(i, pieces)
+    row = hopper_fetch.query_row(heads.inputs, c, token + j, bundle)
+    at = j * c.token_rows + hopper_fetch.row_shift(c, row)
 
-    def one(i):
-      j, piece = _divmod(i, pieces)
-      row = hopper_fetch.query_row(inputs, c, token + j, bundle)
-      at = j * c.token_rows + hopper_fetch.row_shift(c, row)
+    def some(firsts):
+      states = [heads.start(bundle * c.heads + first) for first in firsts]
+      add = heads.add_few if few else heads.add_all
+      states = add(states, [at + first for first in firsts], base, count)
+      for first, state in zip(firsts, states, strict=True):
+        heads.finish(token + j, bundle * c.heads + first, state)
 
-      def some(firsts):
-        states = [heads.start(bundle * c.heads + first) for first in firsts]
-        states = add_all(states, [at + first for first in firsts])
-        for first, state in zip(firsts, states, strict=True):
-          heads.finish(token + j, bundle * c.heads + first, state)
+    groups = [piece * together + i for i in range(together)]
+    some([jnp.minimum(group, last) * heads.number for group in groups])
+    if c.heads % heads.number:  # the rest, with some heads a second time
+      rest = jnp.int32(c.heads - heads.number)
+      pl.when(piece == pieces - 1)(lambda: some([rest]))
 
-      groups = [piece * together + i for i in range(together)]
-      some([jnp.minimum(group, last) * heads.number for group in groups])
-      if c.heads % heads.number:  # the rest, with some heads a second time
-        rest = jnp.int32(c.heads - heads.number)
-        pl.when(piece == pieces - 1)(lambda: some([rest]))
+  mine(tokens * pieces, one)
 
-    _share(tokens * pieces, helper, helpers, one)
 
-  def add_few(states, at):
-    return heads.add(states, at, base, count, 0, _FEW)
+def _write_empty(heads, sequence_of, share):
+  """Writes rows without keys, and tokens that no sequence owns.
 
-  def add_many(states, at):
-    def add(start, unroll, i, states):
-      return heads.add(states, at, base, count, start + i * unroll, unroll)
-
-    rounds = lax.div(count, jnp.int32(_MANY))
-    done = rounds * _MANY
-    rest = lax.div(count - done + (_FEW - 1), jnp.int32(_FEW))
-    add_most = functools.partial(add, 0, _MANY)
-    states = lax.fori_loop(0, rounds, add_most, states)
-    return lax.fori_loop(0, rest, functools.partial(add, done, _FEW), states)
-
-  few = count <= _FEW
-  pl.when(split & few)(lambda: merge_groups(_TOGETHER, add_few))
-  pl.when(split & jnp.logical_not(few))(lambda: merge_groups(1, add_many))
+  share: calls do(i) for what is this CTA's of 0 .. total - 1, share(total, do).
+  """
 
   def without_keys(b):
     sequence = sequence_of(b)
@@ -172,16 +181,14 @@ def _kernel(inputs, c, by_cut, interpret, *refs):
     def _():
       lax.fori_loop(0, queries, lambda j, _: heads.empty(start + j), None)
 
-  number, ctas = place * parts + part, places * parts
+  inputs = heads.inputs
   B = inputs.num_sequences
-  _share(B, number, ctas, without_keys)
+  share(B, without_keys)
   if not inputs.decode:
     last = sequence_of(B - 1)
     used = last[hopper_plan.QUERY_START] + last[hopper_plan.QUERY_LENGTH]
     unowned = inputs.num_tokens - used
-    _share(
-      unowned, number, ctas, lambda i: heads.empty(used + i, owned=False)
-    )
+    share(unowned, lambda i: heads.empty(used + i, owned=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +261,23 @@ class _Heads:
       added.append((acc, tuple(most), tuple(l)))
     return added
 
+  def add_few(self, states, at, base, count):
+    """Adds all of at most _FEW partials."""
+    return self.add(states, at, base, count, 0, _FEW)
+
+  def add_all(self, states, at, base, count):
+    """Adds all partials, _MANY at a time, then _FEW."""
+
+    def add(start, unroll, i, states):
+      return self.add(states, at, base, count, start + i * unroll, unroll)
+
+    rounds = lax.div(count, jnp.int32(_MANY))
+    done = rounds * _MANY
+    rest = lax.div(count - done + (_FEW - 1), jnp.int32(_FEW))
+    add_most = functools.partial(add, 0, _MANY)
+    states = lax.fori_loop(0, rounds, add_most, states)
+    return lax.fori_loop(0, rest, functools.partial(add, done, _FEW), states)
+
   def finish(self, token, first, state):
     """Writes what the group has come to."""
     acc, m, l = state
@@ -290,7 +314,7 @@ class _Heads:
     return spread
 
 
-def _share(total, helper, helpers, do):
+def _share(total, do, *, helper, helpers):
   """Calls do(i) for i = helper, helper + helpers, ... below `total`."""
   mine = lax.div(total - helper + helpers - 1, jnp.int32(helpers))
   lax.fori_loop(0, mine, lambda i, _: do(helper + i * helpers), None)

@@ -193,7 +193,7 @@ class _Walk:
     scores = softmax.score(logits, to_log2, m, masked)
     early = width - min(c.late, width - 64)  # a product takes 64 or more
     p = scores.weights(0, early)
-    l = l * softmax.across(scores.alpha, softmax.PARTS) + softmax.sums(p)
+    l = l * backend.across(scores.alpha, softmax.PARTS) + softmax.sums(p)
     p = p.astype(dtype)
     acc = backend.rescale(acc, scores.alpha, interpret)
     if c.settle:

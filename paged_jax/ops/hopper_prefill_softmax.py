@@ -13,9 +13,9 @@ import math
 import operator
 from typing import Any
 
-from jax import lax
 import jax.numpy as jnp
 
+from paged_jax.ops import backend
 from paged_jax.ops import hopper_prefill_plan as plan
 from paged_jax.ops.backend import mosaic
 
@@ -51,7 +51,7 @@ class Scores:
   def weights(self, first: int, last: int) -> Any:
     """Returns those of columns first .. last - 1."""
     logits = self.logits[:, first:last] * self.factor
-    return jnp.exp2(logits - across(self.shift, last - first))
+    return jnp.exp2(logits - backend.across(self.shift, last - first))
 
 
 def score(logits, factor, m, masked):
@@ -90,15 +90,11 @@ def add_sinks(inputs, c, tile, kv_head, head, sinks_ref, acc, m, l):
   shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
   alpha = jnp.exp2(m - shift)
   l = l * alpha + jnp.exp2(sink - shift)
-  return acc * across(alpha, inputs.head_dim), m_new, l
-
-
-def across(x, columns):
-  """[64] -> [64, columns]."""
-  return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+  return acc * backend.across(alpha, inputs.head_dim), m_new, l
 
 
 def normalise(acc: Any, m: Any, l: Any) -> tuple[Any, Any]:
   """Returns the output and the natural-log LSE; l: [64], a sum of the parts."""
   lse = jnp.where(l == 0.0, -jnp.inf, m * (1 / LOG2E) + jnp.log(l))
-  return acc * across(1.0 / jnp.where(l == 0.0, 1.0, l), acc.shape[1]), lse
+  inverse = 1.0 / jnp.where(l == 0.0, 1.0, l)
+  return acc * backend.across(inverse, acc.shape[1]), lse

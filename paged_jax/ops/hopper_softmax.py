@@ -144,9 +144,9 @@ class _Warpgroup:
     m_new = jnp.maximum(m, logits.max(axis=1) * unit)
     m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
     alpha = jnp.exp2(m - m_safe)
-    p = jnp.exp2(logits * unit - _across(m_safe, c.tile))
+    p = jnp.exp2(logits * unit - backend.across(m_safe, c.tile))
     l = l * alpha + p.sum(axis=1)
-    acc = acc * _across(alpha, inputs.head_dim)
+    acc = acc * backend.across(alpha, inputs.head_dim)
     p = p.astype(inputs.query.dtype)
     mosaic.barrier_wait(barriers.v_full.at[slot])
     dead = (position < low) | (position + c.tokens > high)
@@ -183,7 +183,7 @@ class _Warpgroup:
 
 def _normalise(acc, m, l):
   """Returns acc / l and the log2-sum-exp, 0 and -inf where nothing was seen."""
-  out = acc * _across(1.0 / jnp.where(l == 0.0, 1.0, l), acc.shape[1])
+  out = acc * backend.across(1.0 / jnp.where(l == 0.0, 1.0, l), acc.shape[1])
   return out, jnp.where(l == 0.0, -jnp.inf, m + jnp.log2(l))
 
 
@@ -198,7 +198,7 @@ def _add_sinks(inputs, c, wg, s, sequence, sinks_ref, acc, m, l):
   safe = jnp.where(top == -jnp.inf, 0.0, top)
   alpha = jnp.exp2(m - safe)
   l = l * alpha + jnp.exp2(sink - safe)
-  return acc * _across(alpha, acc.shape[1]), top, l
+  return acc * backend.across(alpha, acc.shape[1]), top, l
 
 
 def _split_rows(inputs, c, wg, s, sequence):
@@ -246,18 +246,18 @@ def _seen(inputs, c, wg, s, sequence, position, low, high):
     own = token + (first + block - position)
     if inputs.causal:
       # Rows past the last token would see beyond the sequence.
-      seen = at < _across(jnp.minimum(own + 1, high), c.tile)
+      seen = at < backend.across(jnp.minimum(own + 1, high), c.tile)
     else:  # tokens before the first position see nothing
       end = jnp.where(own >= -position, c.tile, 0)
-      seen &= at < _across(end, c.tile)
+      seen &= at < backend.across(end, c.tile)
     if inputs.window is not None:
-      seen &= at > _across(own - inputs.window, c.tile)
+      seen &= at > backend.across(own - inputs.window, c.tile)
   if c.kb > 1:
     kv_head = jnp.zeros_like(head)
     for j in range(1, c.kb):
       kv_head += (head >= j * G).astype(jnp.int32)
     theirs = (column >> _log2(step)) & (c.kb - 1)
-    seen &= theirs == _across(kv_head, c.tile)
+    seen &= theirs == backend.across(kv_head, c.tile)
   return seen
 
 
@@ -309,10 +309,6 @@ def soft_cap(logits, scale, cap):
   """cap * tanh(x / cap), x = logits * scale, to float32 rounding of cap."""
   t = jnp.exp2(logits * (2.0 * _LOG2E * scale / cap))
   return cap - (2.0 * cap) / (t + 1.0)
-
-
-def _across(x, columns):
-  return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
 
 
 def _iota(shape, axis, layout):

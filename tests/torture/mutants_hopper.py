@@ -38,25 +38,25 @@ MUTANTS = {
   ),
   "keys of the bundle's other heads seen": (
     "hopper_softmax.py",
-    "seen &= theirs == _across(",
-    "seen &= theirs >= 0 * _across(",
+    "seen &= theirs == backend.across(",
+    "seen &= theirs >= 0 * backend.across(",
     _DECODE.format("bundles of tiny pages"),
   ),
   "tokens see later ones": (
     "hopper_softmax.py",
-    "seen = at < _across(jnp.minimum(own + 1, high), c.tile)",
+    "seen = at < backend.across(jnp.minimum(own + 1, high), c.tile)",
     "seen = at < high",
     _DECODE.format("few tokens"),
   ),
   "tokens see the next CTA's keys": (
     "hopper_softmax.py",
-    "seen = at < _across(jnp.minimum(own + 1, high), c.tile)",
-    "seen = at < _across(own + 1, c.tile)",
+    "seen = at < backend.across(jnp.minimum(own + 1, high), c.tile)",
+    "seen = at < backend.across(own + 1, c.tile)",
     _DECODE.format("rows off groups of 8"),
   ),
   "no window among tokens": (
     "hopper_softmax.py",
-    "seen &= at > _across(own - inputs.window, c.tile)",
+    "seen &= at > backend.across(own - inputs.window, c.tile)",
     "seen &= at > -99999",
     _DECODE.format("few tokens"),
   ),
@@ -99,8 +99,8 @@ MUTANTS = {
   ),
   "whole segments: empty rows are not 0": (
     "hopper_softmax.py",
-    "_across(1.0 / jnp.where(l == 0.0, 1.0, l), ",
-    "_across(1.0 / l, ",
+    "backend.across(1.0 / jnp.where(l == 0.0, 1.0, l), ",
+    "backend.across(1.0 / l, ",
     _DECODE.format("whole segments, many rows"),
   ),
   "whole segments: another head's sink": (
@@ -351,7 +351,7 @@ MUTANTS = {
   ),
   "prefill: earlier weights keep their scale": (
     "hopper_prefill_compute.py",
-    "l = l * softmax.across(scores.alpha, softmax.PARTS) + softmax.sums(p)",
+    "l = l * backend.across(scores.alpha, softmax.PARTS) + softmax.sums(p)",
     "l = l + softmax.sums(p)",
     _PREFILL.format("test_logits_that_grow"),
   ),

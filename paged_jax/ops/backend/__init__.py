@@ -37,6 +37,7 @@ from paged_jax.ops.backend.products import (
   start_matmul_add,
 )
 from paged_jax.ops.backend.rows import (
+  across,
   load_blocks,
   mask_columns,
   row_numbers,
@@ -54,9 +55,9 @@ from paged_jax.ops.backend.triton import (
 )
 
 __all__ = [
-  "blocked", "compute_capability", "compute_now", "copy_if", "counter", "dot",
-  "draw", "each_warp", "exp2", "finish_matmul_add", "hidden", "load",
-  "load_blocks", "mask_columns", "matmul", "matmul_add", "mosaic",
+  "across", "blocked", "compute_capability", "compute_now", "copy_if",
+  "counter", "dot", "draw", "each_warp", "exp2", "finish_matmul_add", "hidden",
+  "load", "load_blocks", "mask_columns", "matmul", "matmul_add", "mosaic",
   "mosaic_call", "prefetch_if", "rescale", "row_numbers", "set_max_registers",
   "split_barriers", "start_matmul_add", "start_next_kernel", "store",
   "store_block", "store_rows", "tiled", "triton_call",

@@ -17,6 +17,11 @@ import numpy as np
 from paged_jax.ops.backend import launch, layouts
 
 
+def across(x: Any, columns: int) -> Any:
+  """Returns one number a row, [64], in all of its columns, [64, columns]."""
+  return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+
+
 def load_blocks(ref: Any, wanted: Any, interpret: bool) -> Any:
   """Returns `blocked` rows, [64, columns], in WGMMA's layout.
 
