@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from experiments import cli
 from experiments.common import records
+from paged_jax.ops import inputs as inputs_lib
 from paged_jax.simulate import (
   cases,
   pallas_stages,
@@ -123,8 +124,12 @@ def make_plan(config) -> Plan:
   for name in cases.select(config.case):
     runs += cases.runs(name, context=context, **overrides)
   executed = {"cpu": ("cpu",), "all": ("cpu", "gpu"), "none": ()}
-  chip = scheduler.Chip(**config.chip)
-  threads = dataclasses.replace(chip, **config.threads).units
+  try:
+    chip = scheduler.Chip(**config.chip)
+    threads = dataclasses.replace(chip, **config.threads).units
+  except TypeError as error:
+    raise ValueError(f"config.chip or config.threads: {error}") from error
+  inputs_lib.check_int("config.seed", config.seed, 0)
   _one_of("policy", config.policy, scheduler.POLICIES)
   (study_case, *_) = cases.runs(*cases.select(config.study.case)[:1])
   return Plan(
@@ -198,7 +203,7 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 
 
 def _positive(name: str, values: Sequence[int]) -> tuple[int, ...]:
-  values = tuple(values)
+  values = tuple(values or ())
   if not values or not all(isinstance(v, int) and v > 0 for v in values):
     raise ValueError(f"{name} must be positive whole numbers, got {values}")
   return values

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from experiments import cli
 from experiments.common import cells as cells_lib
 from experiments.common import shapes
 from paged_jax.ops import implementations
@@ -109,14 +110,10 @@ def from_config(config: Mapping[str, Any]) -> Grid:
   Raises:
     ValueError: a field has the wrong type or value; names it and the remedy.
   """
-  for field in dataclasses.fields(Grid):
-    if field.name not in config:
-      raise ValueError(
-        f"the config has no {field.name!r}, so it is for another experiment: "
-        "pass --config=configs/qwen.py or one like it"
-      )
   # A config may hold sections of other experiments.
-  values = {x.name: config[x.name] for x in dataclasses.fields(Grid)}
+  fields = [field.name for field in dataclasses.fields(Grid)]
+  cli.need(config, *fields, like="configs/qwen.py")
+  values = {name: config[name] for name in fields}
   for scale in ("gpu", "cpu"):
     values[scale] = _typed(Scale, dict(values[scale].items()), f"{scale}.")
     _known("implementations", values[scale].implementations,

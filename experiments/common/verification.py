@@ -10,6 +10,7 @@ import numpy as np
 from experiments.common import loading, paged_run, standard_run, tolerance
 from experiments.common.standard_run import Run
 from paged_jax.models.transformer import Transformer
+from paged_jax.ops import inputs as inputs_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ def make_plan(config: Mapping[str, Any], fault: str | None = None) -> Plan:
       f"config.lengths has {min(lengths)}: every prompt needs more than the "
       f"config.shared_tokens={shared} that all begin with"
     )
+  inputs_lib.check_int("config.seed", config["seed"], 0)
   loaded = loading.load(config["model"], seed=config["seed"])
   stream = _stream(loaded, config, shared + sum(lengths))
   prompts, at = [], shared

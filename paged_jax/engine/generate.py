@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 import dataclasses
 import functools
 import itertools
+import reprlib
 import time
 
 from flax import nnx
@@ -311,15 +312,18 @@ class Generator:
       raise ValueError(f"eos is {eos!r}: pass a sequence of token ids")
     capacity = self._table.max_pages * self._table.page_size
     for i, prompt in enumerate(prompts):
+      ids = np.asarray(prompt)
+      kind = ids.dtype if ids.size else int
+      if ids.ndim != 1 or not np.issubdtype(kind, np.integer):
+        raise ValueError(
+          f"prompts[{i}] is {reprlib.repr(prompt)}: pass token ids, as a "
+          "tokenizer gives"
+        )
       if not 0 < len(prompt) <= capacity - max_new_tokens + 1:
         raise ValueError(
           f"prompts[{i}] has {len(prompt)} tokens: it needs at least one, and "
           f"with {max_new_tokens} new ones must fit the {capacity} tokens of "
           "a row; raise max_pages or shorten it"
-        )
-      if not np.issubdtype(np.asarray(prompt).dtype, np.integer):
-        raise ValueError(
-          f"prompts[{i}] is {prompt!r}: pass token ids, as a tokenizer gives"
         )
       if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
         raise ValueError(

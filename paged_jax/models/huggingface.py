@@ -78,13 +78,17 @@ def parse_config(values: dict[str, Any], dtype: str) -> ModelConfig:
 
 def _window(values: dict[str, Any]) -> int | None:
   """The window of all layers; the first `max_window_layers` have none."""
-  window = values.get("sliding_window")
-  if not values.get("use_sliding_window") or window is None:
+  if not values.get("use_sliding_window"):
     return None
-  num_layers = values["num_hidden_layers"]
-  kinds = values.get("layer_types")
+  num_layers, window = values["num_hidden_layers"], values.get("sliding_window")
+  kinds, full = values.get("layer_types"), values.get("max_window_layers")
+  if window is None or (kinds is None and full is None):
+    raise ValueError(
+      "config.json has use_sliding_window but lacks sliding_window, or both "
+      "layer_types and max_window_layers"
+    )
   if kinds is None:
-    full = min(values.get("max_window_layers", 0), num_layers)
+    full = min(full, num_layers)
     kinds = ["full_attention"] * full
     kinds += ["sliding_attention"] * (num_layers - full)
   if len(set(kinds)) > 1:

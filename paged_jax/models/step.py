@@ -33,6 +33,9 @@ class Step:
   lengths: Int[Array, "B"]  # KV tokens, the new ones included
   page_table: Int[Array, "B M"] | Int[Array, "B 2 M"]
   plan: AttentionPlan | None
+  plan_options: tuple[str, ...] = dataclasses.field(
+    default=(), metadata=dict(static=True)
+  )
   # No row has more tokens in this step; None for decode.
   max_query_length: int | None = dataclasses.field(
     default=None, metadata=dict(static=True)
@@ -45,14 +48,11 @@ class Step:
   )
 
   def plan_for(self, config: AttentionConfig) -> AttentionPlan | None:
-    """Returns the plan for a layer; None where its window is not the step's.
-
-    Such a layer plans for itself, as a model's few global layers may.
-    """
+    """Returns the plan for a layer: another one where its window is another."""
     geometry = self.plan and self.plan.geometry
     if geometry is None or geometry.window == config.window:
       return self.plan
-    return None
+    return _plan(self, config, geometry.page_size)
 
 
 def prefill_step(
@@ -82,7 +82,12 @@ def prefill_step(
     pages and its tokens lie within T. Nothing is written for a row that did
     not, and what lies beyond T sits out.
   """
-  within = jnp.cumsum(num_tokens) <= total
+  num_tokens = page_table_lib.per_row(
+    "num_tokens", num_tokens, table, jnp.int32
+  )
+  # Clipped, so that the sum does not wrap.
+  within = jnp.cumsum(jnp.minimum(num_tokens, total + 1)) <= total
+  within |= num_tokens == 0
   num_tokens = jnp.where(within, num_tokens, 0)
   reserved, ok = page_table_lib.reserve(table, num_tokens)
   ok &= within
@@ -155,27 +160,30 @@ def decode_step(
   return advanced, step, ok
 
 
-def _step(table, config, plan_options, *, query_starts, lengths, **fields):
-  plan_options = plan_lib.check_options(plan_options)
-  plan = api.plan_attention(
-    table.pages,
-    lengths,
-    query_starts,
+def _step(table, config, plan_options, **fields):
+  step = Step(
+    page_table=table.pages,
+    plan=None,
+    plan_options=plan_lib.check_options(plan_options),
+    **fields,
+  )
+  plan = _plan(step, config, table.page_size)
+  return dataclasses.replace(step, plan=plan)
+
+
+def _plan(step, config, page_size):
+  return api.plan_attention(
+    step.page_table,
+    step.lengths,
+    step.query_starts,
     num_heads=config.num_heads,
     num_kv_heads=config.num_kv_heads,
     head_dim=config.head_dim,
-    page_size=table.page_size,
+    page_size=page_size,
     dtype=config.dtype,
-    max_query_length=fields["max_query_length"],
-    num_tokens=fields["positions"].shape[0],
+    max_query_length=step.max_query_length,
+    num_tokens=step.positions.shape[0],
     window=config.window,
-    implementation=fields["implementation"],
-    **dict.fromkeys(plan_options, True),
-  )
-  return Step(
-    query_starts=query_starts,
-    lengths=lengths,
-    page_table=table.pages,
-    plan=plan,
-    **fields,
+    implementation=step.implementation,
+    **dict.fromkeys(step.plan_options, True),
   )

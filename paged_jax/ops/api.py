@@ -155,7 +155,8 @@ def plan_attention(
 ) -> plan_lib.AttentionPlan:
   """Makes what all layers of one step share: work balanced over the chip.
 
-  Call it after `advance`, with the very arrays `paged_attention` will get.
+  Call it after `advance`, with the very arrays `paged_attention` will get;
+  where that runs under `shard_map`, inside it, for a device's own heads.
 
   Args:
     page_table: int32 [B, M] or [B, 2, M], as in `paged_attention`.
@@ -186,7 +187,7 @@ def plan_attention(
       not the bits of a plan without. Done by "hopper" in bfloat16 and
       float16, without a window; other implementations ignore it.
     memory_order: whether pages may be read in the order in which they lie in
-      memory, not that of the table, which DRAM answers up to 4 % sooner, mostly
+      memory, not that of the table, which DRAM answers up to 5 % sooner, mostly
       1 to 2. Worth it where a layer reads hundreds of MB of KV from scattered
       pages of rows alike in length; costs a sort of the table. Results are
       right either way, but their last bits then depend on which pages a
@@ -202,7 +203,9 @@ def plan_attention(
     NotImplementedError: the named implementation cannot do it
       (batch_invariant; shared_prefix on "hopper").
   """
-  page_table, lengths, query_starts = _step(page_table, lengths, query_starts)
+  page_table, lengths, query_starts = _check_arrays(
+    page_table, lengths, query_starts
+  )
   if query_starts is None:
     max_query_length = 1
   sizes = dict(
@@ -258,7 +261,7 @@ def plan_attention(
   )
 
 
-def _step(page_table, lengths, query_starts):
+def _check_arrays(page_table, lengths, query_starts):
   """Returns the arrays of a step, checked: their dtypes, axes and B."""
   combined = getattr(page_table, "ndim", None) == 3
   axes = ("B", "2", "M") if combined else ("B", "M")

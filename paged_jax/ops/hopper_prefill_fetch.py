@@ -51,11 +51,11 @@ def fetch(
     v=_Side(v_ref, v_table[0] if v_table else None, v_smem, v_full, v_free),
     warps=warps,
   )
-  tiles, items = items.walk(
+  tiles, walked = items.walk(
     fetching.one_item, warps, fetching.first_pages
   )
   # Every phase of a barrier is seen by its waiter, the last ones too.
-  for free, uses in ((q_free, items), (k_free, tiles), (v_free, tiles)):
+  for free, uses in ((q_free, walked), (k_free, tiles), (v_free, tiles)):
     for i in range(c.query_slots if free is q_free else c.stages):
       hidden = backend.hidden(jnp.int32(i), interpret)
       backend.wait_if(uses > i, free.at[hidden])

@@ -137,32 +137,23 @@ def choose(
   """
   g = geometry
   H, p, G = g.head_dim, g.page_size, g.num_heads // g.num_kv_heads
-  if g.dtype not in ("bfloat16", "float16"):
-    raise NotImplementedError(f"dtype {g.dtype}: hopper does bf16 and f16")
-  if H not in (64, 80, 96, 128, 192, 256):
-    raise NotImplementedError(f"head dim H={H}: not 64, 80, 96, 128, 192, 256")
-  if p > 256 or p & (p - 1):
-    raise NotImplementedError(f"page size {p}: not a power of two up to 256")
+  hopper_tuning.check_geometry(g)
   if p < 8:
     raise hopper_tuning.TooFewRows(
       f"page size {p}: a copy needs 8 rows, and a tile is of one kv head"
     )
   consumers = overrides.get("consumers", 2)
   rows = 64 * consumers
-  heads = min(G, rows // 8)
-  tokens = rows // heads
-  tokens = 1 << (tokens.bit_length() - 1)
-  short = (tokens, heads)
-  long = (rows, 1)
-  packed = tokens * heads == rows and G % heads == 0
-  if overrides.get("unpacked"):
-    packed = False
-  kinds = (short,) if packed else (long, short)
   # Narrow tiles cost others some time: for batches that are mixed.
   longest = num_sequences * g.max_query_length
   mixed = num_tokens is not None and _UNEVEN * num_tokens <= longest
-  if overrides.get("narrow", mixed and g.window is None and heads <= 8):
-    kinds = ((tokens // consumers, heads), *kinds)
+  kinds, packed = _kinds(
+    G,
+    consumers,
+    narrow=overrides.get("narrow", mixed and g.window is None),
+    unpacked=overrides.get("unpacked", False),
+  )
+  tokens, heads = kinds[-1]
   # A turn has a fixed cost besides its products and exponentials, which is much
   # where heads are small: longer turns. Not for windows, short themselves, nor
   # for tiny pages, 32 copies a tile; nor with three kinds, or more than 8
@@ -201,6 +192,19 @@ def choose(
     # Measured at H 256, where it gains; at 64 and 128 it loses.
     settle=overrides.get("settle", H > 128),
   )
+
+
+def _kinds(G, consumers, *, narrow, unpacked):
+  """The kinds of tiles, see Config.kinds; whether heads are packed."""
+  rows = 64 * consumers
+  heads = min(G, rows // 8)
+  tokens = rows // heads
+  tokens = 1 << (tokens.bit_length() - 1)
+  packed = tokens * heads == rows and G % heads == 0 and not unpacked
+  kinds = ((tokens, heads),) if packed else ((rows, 1), (tokens, heads))
+  if narrow and heads <= 8:
+    kinds = ((tokens // consumers, heads), *kinds)
+  return kinds, packed
 
 
 def make_work(

@@ -88,6 +88,17 @@ class Config:
     return self.bundles * self.row_blocks
 
 
+def check_geometry(geometry: Geometry) -> None:
+  """Raises NotImplementedError for what no kernel of this backend does."""
+  dtype, H, p = geometry.dtype, geometry.head_dim, geometry.page_size
+  if dtype not in ("bfloat16", "float16"):
+    raise NotImplementedError(f"dtype {dtype}: hopper does bf16 and f16")
+  if H not in (64, 80, 96, 128, 192, 256):
+    raise NotImplementedError(f"head dim H={H}: not 64, 80, 96, 128, 192, 256")
+  if p > 256 or p & (p - 1):
+    raise NotImplementedError(f"page size {p}: not a power of two up to 256")
+
+
 def choose(
   geometry: Geometry,
   num_sequences: int,
@@ -116,16 +127,11 @@ def choose(
   K, H, p = g.num_kv_heads, g.head_dim, g.page_size
   G = g.num_heads // K
   Q = g.max_query_length
-  if g.dtype not in ("bfloat16", "float16"):
-    raise NotImplementedError(f"dtype {g.dtype}: hopper does bf16 and f16")
-  if H not in (64, 80, 96, 128, 192, 256):
-    raise NotImplementedError(f"head dim H={H}: not 64, 80, 96, 128, 192, 256")
+  check_geometry(g)
   if Q > 8:
     raise NotImplementedError(
       f"max_query_length={Q}: the hopper decode kernel does 1 to 8"
     )
-  if p > 256 or p & (p - 1):
-    raise NotImplementedError(f"page size {p}: not a power of two up to 256")
   if G > 128:
     raise NotImplementedError(f"G={G} query heads a kv head: more than 128")
   B = _INVARIANT_B if batch_invariant else num_sequences

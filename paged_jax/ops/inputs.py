@@ -261,7 +261,7 @@ def check_causal(causal: Any, window: Any) -> None:
 def check_dtype(name: str, value: Any) -> str:
   """Returns the name of a dtype that attention can have."""
   try:
-    dtype = str(jnp.dtype(value))
+    dtype = None if value is None else str(jnp.dtype(value))
   except TypeError:
     dtype = None
   if dtype not in FLOATS:

@@ -20,6 +20,9 @@ import numpy as np
 
 from paged_jax.ops import inputs as inputs_lib
 
+# Where a call's value may not be one that was passed.
+_BY_DEFAULT = dict(max_query_length=" (T where it passes none)")
+
 # What `plan_attention` can be asked for, all off by default.
 OPTIONS = ("batch_invariant", "shared_prefix", "memory_order")
 
@@ -88,7 +91,8 @@ def check_plan(
       if made[name] != value:
         raise ValueError(
           f"plan was made for {name}={made[name]!r} but this call has "
-          f"{value!r}: give plan_attention the same arguments as the call"
+          f"{value!r}{_BY_DEFAULT.get(name, '')}: give plan_attention the same "
+          "arguments as the call"
         )
   if plan.num_tokens not in (None, num_tokens):
     raise ValueError(

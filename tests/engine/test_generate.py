@@ -222,3 +222,23 @@ def test_bad_input(generator, change, message):
   arguments = dict(prompts=[[1, 2]], max_new_tokens=8) | change
   with pytest.raises(ValueError, match=message):
     generator.generate(**arguments)
+
+
+def test_plan_options_reach_every_step(model):
+  generator = generate.Generator(
+    model, **_SIZES, plan_options=("batch_invariant",), implementation="xla"
+  )
+  with pytest.raises(NotImplementedError, match="batch_invariant with"):
+    generator.generate([[1, 2]], max_new_tokens=2)
+  B = _SIZES["num_sequences"]
+  with pytest.raises(NotImplementedError, match="batch_invariant with"):
+    generator.decode(
+      generator._weights,
+      generator._cache,
+      generator.table,
+      jnp.zeros(B, jnp.int32),
+      jnp.ones(B, bool),
+      jax.random.key(0),
+    )
+  with pytest.raises(ValueError, match="plan_options is"):
+    generate.Generator(model, **_SIZES, plan_options="memory_order")

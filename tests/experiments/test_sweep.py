@@ -176,7 +176,8 @@ def test_resume_refuses_another_runs_rows(tmp_path, changes, message):
 
 def test_rows_without_a_recipe_are_read_and_held_to_their_seed(tmp_path):
   rows = records.Records(_COMMITTED).rows()
-  assert not any("recipe" in row for row in rows)
+  for row in rows:
+    row.pop("recipe", None)
   grid = grid_lib.from_config(qwen.get_config())
   recipe = grid_lib.recipe(grid, grid.gpu)
   sweep._check_recipe(recipe, rows, _COMMITTED)

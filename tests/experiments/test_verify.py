@@ -183,6 +183,7 @@ def test_half_precision_passes(config, tmp_path, capsys, dtype):
     (dict(lengths=(7, 6)), "every prompt needs more than"),
     (dict(page_size=0), "config.page_size is 0"),
     (dict(steps=0), "config.steps is 0"),
+    (dict(seed=-1), "config.seed is -1"),
     (dict(tables=()), "need an entry each"),
   ],
 )

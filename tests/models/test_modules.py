@@ -104,7 +104,31 @@ def test_rows_that_do_not_fit_the_packed_tokens_sit_out():
   assert step.query_starts.tolist() == [0, 3, 3]
 
 
-def test_a_layer_with_another_window_plans_for_itself():
+@pytest.mark.parametrize(
+  "counts, ok",
+  [
+    ([9, 0], [False, True]),
+    ([2**31 - 1, 5], [False, False]),
+    ([0, 8], [True, True]),
+  ],
+)
+def test_what_lies_within_the_packed_tokens(counts, ok):
+  assert _prefilled(_CONFIG, counts, 8)[2].tolist() == ok
+
+
+def test_counts_of_a_step_are_checked():
+  table = page_table.create_page_table(
+    num_pages=9, page_size=4, num_sequences=2, max_pages=4
+  )
+  for counts, message in (
+    (jnp.array([True, False]), "dtype bool: pass int32"),
+    (jnp.ones((2, 2), jnp.int32), "num_tokens has shape"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      step_lib.prefill_step(table, counts, _CONFIG, total=8)
+
+
+def test_a_layer_with_another_window_has_a_plan_of_its_own():
   """The step's plan is for one window; the result is the layer's own."""
   local = _CONFIG
   everywhere = dataclasses.replace(_CONFIG, window=None)
@@ -120,7 +144,12 @@ def test_a_layer_with_another_window_plans_for_itself():
     outs.append(layer(x, cache, step, layer=0)[0])
   np.testing.assert_array_equal(*outs)
   assert step.plan_for(everywhere) is step.plan
-  assert step.plan_for(local) is None
+  assert step.plan_for(local).geometry.window == local.window
+  refused = dataclasses.replace(
+    step, plan_options=("batch_invariant",), implementation="xla"
+  )
+  with pytest.raises(NotImplementedError, match="batch_invariant with"):
+    refused.plan_for(local)
 
 
 def test_a_step_of_another_page_size_is_refused():
@@ -139,6 +168,14 @@ def test_a_step_takes_the_options_of_plans():
     _prefilled(
       config, [9, 3], 12, plan_options=("batch_invariant",),
       implementation="xla",
+    )
+  table = page_table.create_page_table(
+    num_pages=9, page_size=4, num_sequences=2, max_pages=4
+  )
+  with pytest.raises(NotImplementedError, match="batch_invariant with"):
+    step_lib.decode_step(
+      table, jnp.array([True, False]), config,
+      plan_options=("batch_invariant",), implementation="xla",
     )
   with pytest.raises(ValueError, match="plan_options is .*memory_order"):
     _prefilled(config, [9, 3], 12, plan_options=("fast",))

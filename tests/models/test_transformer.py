@@ -204,7 +204,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize(
   "change, window",
   [
-    (dict(), 8),
+    (dict(max_window_layers=0), 8),
     (dict(use_sliding_window=False), None),
     (dict(max_window_layers=2), None),
     (dict(layer_types=["full_attention"] * 2), None),
@@ -222,6 +222,8 @@ def test_which_layers_have_a_window(change, window):
   [
     (dict(use_sliding_window=True, sliding_window=8, max_window_layers=1),
      "layers are all of one kind"),
+    (dict(use_sliding_window=True, sliding_window=8), "lacks sliding_window"),
+    (dict(use_sliding_window=True, max_window_layers=0), "lacks sliding_win"),
     (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
     (dict(rope_scaling=dict(rope_type="yarn")), "'yarn'"),
   ],

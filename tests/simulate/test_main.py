@@ -105,6 +105,8 @@ def test_failure_is_an_exit_code(tmp_path, monkeypatch, capsys):
     (dict(context="12,x"), "context must be whole numbers"),
     (dict(variants="serial,unrol4"), "unknown variant"),
     (dict(policy="critcal"), 'did you mean "critical"'),
+    (dict(seed=-1), "config.seed is -1"),
+    (dict(chip=dict(no_such=1)), "config.chip or config.threads: .*no_such"),
     (dict(execute="gpu"), "execute must be one of cpu, all, none"),
     (dict(stages="palas"), 'did you mean "pallas"'),
   ],
