@@ -76,8 +76,7 @@ class _Fetch:
 
   @property
   def _ahead(self):
-    """Whether page ids are read a tile ahead, if registers are left for them.
-    """
+    """Whether page ids are read a tile ahead: where registers are left."""
     return not self.config.narrow and self.config.tile <= 128
 
   def first_pages(self, b, begin):

@@ -129,7 +129,8 @@ def choose(
     batch_invariant: whether bits may not depend on B and T.
     **overrides: to tune: tile, stages, columns, query_slots, registers, part,
       late and settle of Config; consumers, 1 or 2; `unpacked`, not to pack
-      heads; `narrow`, whether to have that kind.
+      heads; `narrow`, whether to have that kind where a tile has 8 heads or
+      fewer.
 
   Raises:
     NotImplementedError: the kernel cannot do this geometry.

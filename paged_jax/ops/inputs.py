@@ -245,8 +245,7 @@ def check_int(name: str, value: Any, least: int) -> None:
 
 
 def check_causal(causal: Any, window: Any) -> None:
-  """Raises ValueError unless the two are what they should be, and go together.
-  """
+  """Raises ValueError where one is no such value, or they do not fit."""
   if not isinstance(causal, bool | np.bool_):
     raise ValueError(f"causal is {causal!r}: pass True or False")
   if window is not None:
