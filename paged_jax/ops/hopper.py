@@ -1,9 +1,8 @@
 """`hopper`: paged attention for sm_90 by Pallas Mosaic GPU.
 
-Up to 8 query tokens a sequence, decode: `paged_decode` (hopper_decode.py)
-computes partial results in equal shares, `paged_decode_merge` (hopper_merge.py)
-puts them together. What each CTA does is planned on the device, once a step
-(hopper_plan.py), in shapes that hopper_tuning.py chooses.
+Up to 8 query tokens a sequence, decode: `paged_decode` (hopper_decode.py). What
+each CTA does is planned on the device, once a step (hopper_plan.py), in shapes
+that hopper_tuning.py chooses.
 
 More, prefill: `paged_prefill` (hopper_prefill.py) walks a list of query tiles
 (hopper_prefill_plan.py); decode rows among them are tiles too, narrow ones
@@ -26,7 +25,6 @@ from jaxtyping import Array, Float, Int
 
 from paged_jax.ops import (
   hopper_decode,
-  hopper_merge,
   hopper_order,
   hopper_plan,
   hopper_prefill,
@@ -105,14 +103,11 @@ def _attend(inputs, plan, sms, interpret):
       inputs, k_table=plan.tables[0], v_table=plan.tables[-1]
     )
 
-  # The merge writes into what decode wrote, which vmap does not know of.
+  # One call at a time: CTAs of a kernel wait for each other, so that all should
+  # fit on the device at once, which those of a whole batch would not.
   @jax.custom_batching.sequential_vmap
   def decode(inputs, plan):
-    results = hopper_decode.attend(inputs, plan, interpret=interpret)
-    if plan.config.cut != hopper_tuning.WHOLE:
-      return hopper_merge.merge(inputs, plan, *results, interpret=interpret)
-    out, lse = results
-    return out.reshape(inputs.query.shape), lse
+    return hopper_decode.attend(inputs, plan, interpret=interpret)
 
   return decode(inputs, plan)
 

@@ -25,9 +25,9 @@ are not copied (the copy is predicated off, its arrival still counts); in a tile
 that is not live throughout the dead rows of V are overwritten by zeros. Logits
 are masked by position. Nothing is read beyond a table row's M entries.
 
-A segment that a CTA computes as a whole is written as it is to be. Of others a
-CTA leaves a partial result, float32 [rows, H], normalised, with its
-log2-sum-exp; hopper_merge.py makes the output of those.
+A segment that a CTA computes as a whole is written as it is to be. What others
+are parted into is put together by the CTA that has the first part, which waits
+for the others' (hopper_merge.py).
 """
 
 import functools
@@ -37,10 +37,12 @@ import jax
 from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from paged_jax.ops import (
   backend,
   hopper_fetch,
+  hopper_merge,
   hopper_plan,
   hopper_softmax,
   hopper_tuning,
@@ -60,23 +62,20 @@ class Stretch(NamedTuple):
   tiles: Any
   done: Any  # tiles of this CTA before
   n: Any  # stretches of this CTA before
-  whole: Any  # whether it is all of the segment
-  partial: Any  # name of the partial result, where it is not
+  head: Any  # whether this CTA has the segment's first part
+  item: Any  # of the segment: its first unit (EQUAL), or which piece it is
+  ended: Any  # whether it is the segment's last one
+  goes_on: Any  # whether the next stretch, if it is of the segment, is here
+  part: Any  # number of the part, if it is not all of the segment
+  split: hopper_merge.Split  # `others` is right for the last stretch only
   next_b: Any  # sequence and first position of the next stretch
   next_begin: Any
 
 
 def attend(
   inputs: Inputs, work: hopper_plan.Work, *, interpret: bool
-) -> tuple[jax.Array, ...]:
-  """Returns the output, its LSE, and the shares of segments that are split.
-
-  Output [T, N * width] and natural-log LSE [T, N] of segments that a CTA
-  computed whole. Shares: float32 [partials, rows, width] and log2-LSE
-  [partials, rows], where the plan may split segments; rows are query tokens
-  times token rows, see the module. Whatever else is there, and columns from H
-  on, was never written.
-  """
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+  """Returns the output and the natural-log LSE, sinks included."""
   c, H = work.config, inputs.head_dim
   dtype = inputs.query.dtype
   folded = (-1, c.kb * inputs.page_size, H)  # [L * P * bundles, kb * p, H]
@@ -87,33 +86,19 @@ def attend(
   stage = mosaic.SMEM((c.stages, c.tile, H), dtype, transforms=tiled)
   T, N, _ = inputs.query.shape
   out_shape = [
-    jax.ShapeDtypeStruct((T, N * c.width), dtype),
+    jax.ShapeDtypeStruct((T, N * H), dtype),
     jax.ShapeDtypeStruct((T, N), jnp.float32),
   ]
-  staging = ()
   if c.cut != hopper_tuning.WHOLE:
-    partials = work.num_partials, c.rows
-    out_shape += [
-      jax.ShapeDtypeStruct((*partials, c.width), jnp.float32),
-      jax.ShapeDtypeStruct(partials, jnp.float32),
-    ]
-    staging = (
-      mosaic.SMEM(
-        (rows, c.columns),
-        jnp.float32,
-        transforms=backend.tiled(c.columns, jnp.float32),
-      ),
-      mosaic.SMEM((rows,), jnp.float32),
-    )
+    out_shape += hopper_merge.memory(inputs, work)
   sinks = () if inputs.sinks is None else (inputs.sinks,)
   kernel = backend.mosaic_call(
-    functools.partial(_kernel, inputs, c, interpret),
+    functools.partial(_kernel, inputs, c, work.num_ctas, interpret),
     name="paged_decode",
-    grid=(work.num_ctas,),
+    grid=(1 if interpret else work.num_ctas,),
     grid_names=("cta",),
     out_shape=out_shape,
     scratch=(
-      *staging,
       mosaic.SMEM((c.query_slots, rows, H), dtype, transforms=tiled),
       stage,
       stage,
@@ -123,20 +108,22 @@ def attend(
         num_arrivals=c.consumers,
         num_barriers=c.query_slots + 2 * c.stages + 1,
       ),
+      barrier(num_arrivals=c.consumers + 1),
     ),
     num_warpgroups=c.consumers + 1,
     interpret=interpret,
   )
-  return kernel(
+  out, lse, *_ = kernel(
     _query_rows(inputs, c, interpret),
     inputs.k_pages.reshape(folded),
     inputs.v_pages.reshape(folded),
-    work.ctas,
+    work.shares,
     work.sequences,
     inputs.layer.reshape(1),
     *tables,
     *sinks,
   )
+  return out.reshape(T, N, H), lse
 
 
 def _query_rows(inputs, c, interpret):
@@ -151,39 +138,58 @@ def _query_rows(inputs, c, interpret):
   return jnp.pad(query, ((0, padded - rows), (0, 0)))
 
 
-def _kernel(inputs, c, interpret, *refs):
-  """Dispatches the warpgroups; `inputs` is used for its static facts only."""
-  q_ref, k_ref, v_ref, ctas_ref, sequences_ref, layer_ref, *refs = refs
+def _kernel(inputs, c, shares, interpret, *refs):
+  """Hands out shares; `inputs` is used for its static facts only."""
+  share = functools.partial(_share, inputs, c, shares, interpret, refs)
+  # The last one first, see hopper_plan.py.
+  if not interpret:
+    share(shares - 1 - lax.axis_index("cta"))
+    return
+  # Simulated, CTAs run one after the other, and what one wrote may not be read
+  # by the next: a single one takes all shares.
+  lax.fori_loop(0, shares, lambda i, _: share(shares - 1 - i), None)
+
+
+def _share(inputs, c, shares, interpret, refs, share):
+  """Dispatches the warpgroups to work on a share."""
+  q_ref, k_ref, v_ref, shares_ref, sequences_ref, layer_ref, *refs = refs
   num_tables = 2 if inputs.combined else 1
   tables, refs = refs[:num_tables], refs[num_tables:]
   sinks_ref = None
   if inputs.sinks is not None:
     sinks_ref, *refs = refs
-  out_ref, out_lse_ref, *refs = refs
-  shares = staging = ()
+  outputs, refs = tuple(refs[:2]), refs[2:]
+  parts = None
   if c.cut != hopper_tuning.WHOLE:
-    shares, staging, refs = refs[:2], refs[2:4], refs[4:]
-  q_smem, k_smem, v_smem, q_full, full, done = refs
+    parts = hopper_merge.Parts(
+      inputs=inputs,
+      config=c,
+      interpret=interpret,
+      most=shares if c.cut == hopper_tuning.EQUAL else hopper_plan.MOST_PIECES,
+      memory=tuple(refs[:3]),
+      sinks=sinks_ref,
+      outputs=outputs,
+    )
+    refs = refs[3:]
+  q_smem, k_smem, v_smem, q_full, full, done, finished = refs
   k_full, v_full = backend.split_barriers(full, c.stages, c.stages)
-  q_free, k_free, v_free, v_clean = backend.split_barriers(
+  q_free, k_free, v_free, meeting = backend.split_barriers(
     done, c.query_slots, c.stages, c.stages, 1
   )
   barriers = q_full, q_free, k_full, v_full, k_free, v_free
-  cta = lax.axis_index("cta")
   wg = lax.axis_index("wg")
   # The plan and the page table are older than any kernel that may still run:
   # they are read ahead.
   columns = 7 if c.cut == hopper_tuning.EQUAL else 10
-  start = tuple(ctas_ref[cta, i] for i in range(4 + columns))
-  walk = functools.partial(_walk, c, sequences_ref, start, cta)
+  start = tuple(shares_ref[share, i] for i in range(4 + columns))
+  walk = functools.partial(_walk, c, sequences_ref, start, share)
 
   def wait():
     backend.wait_for_previous_kernel(interpret)
     backend.start_next_kernel(interpret)
 
-  @pl.when(wg == c.consumers)
-  def _():
-    hopper_fetch.fetch(
+  def fetch():
+    return hopper_fetch.fetch(
       inputs,
       c,
       walk,
@@ -194,36 +200,59 @@ def _kernel(inputs, c, interpret, *refs):
       barriers,
     )
 
-  @pl.when(wg < c.consumers)
-  def _():
+  def compute():
     wait()
+    if not inputs.decode:
+      helper = share * c.consumers + wg, shares * c.consumers
+      hopper_softmax.write_unowned(
+        inputs, sequences_ref, *helper, outputs, interpret
+      )
     rows = pl.ds(wg * 64, 64)
-    hopper_softmax.attend(
-      inputs,
-      c,
-      walk,
-      interpret,
-      wg,
-      sinks_ref,
-      (out_ref, out_lse_ref),
-      shares,
-      (q_smem.at[:, rows], k_smem, v_smem),
-      tuple(x.at[rows] for x in staging),
-      (*barriers, v_clean.at[0]),
+    warpgroup = hopper_softmax.Warpgroup(
+      inputs=inputs,
+      config=c,
+      interpret=interpret,
+      wg=wg,
+      sinks=sinks_ref,
+      outputs=outputs,
+      parts=parts,
+      buffers=(q_smem.at[:, rows], k_smem, v_smem),
+      barriers=hopper_softmax.Barriers(*barriers, meeting.at[0]),
     )
+    return warpgroup.attend(walk)
+
+  split = lax.cond(wg == c.consumers, fetch, compute)
+  if parts is None:
+    return
+
+  @pl.when(split.others > 0)
+  def _():
+    pl.when(wg == c.consumers)(lambda: parts.wait(split))
+    _meet(finished)
+    parts.merge(split, wg, c.consumers + 1)
+
+  if interpret:  # what is written of this share is read in a later one
+    _meet(finished)
 
 
-def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
+def _meet(barrier):
+  """Returns when all warpgroups have called it."""
+  mosaic.barrier_arrive(barrier)
+  mosaic.barrier_wait(barrier)
+
+
+def _walk(c, sequences_ref, start, share, begin, body, ahead=True):
   """Calls `body` for each stretch of this CTA's share of the line.
 
-  begin(b, position, segment, high, share) -> carry, for the first stretch,
-  which ends at `high` at the latest; share: positions of all of them, about;
+  share: which one of all.
+  begin(b, position, segment, high, positions) -> carry, for the first stretch,
+  which ends at `high` at the latest; positions: of all of them, about;
   body(stretch, carry) -> carry;
   ahead: whether a sequence's plan is read before the stretch that precedes it,
   which costs registers; without, `next_begin` of a stretch is not set.
 
   Returns:
-    The numbers of tiles and of stretches.
+    The numbers of tiles and of stretches, and `split` of the last one.
   """
   equal = c.cut == hopper_tuning.EQUAL
 
@@ -237,22 +266,28 @@ def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
     return (sequence[hopper_plan.FIRST] + unit) * c.step
 
   def one(carry):
-    left, b, segment, item, done, n, sequence, carry = carry
+    left, b, segment, item, done, n, sequence, _, carry = carry
     unit = first_unit(sequence, item)
     units = sequence[hopper_plan.UNITS]
     if equal:
       taken = count = jnp.minimum(units - unit, left)
-      ended = True  # or nothing is left
-      whole = count == units
-      partial = cta + b * c.segments + segment
+      head = unit == 0
+      ended = unit + count == units
+      own, rest = jnp.int32(1), units - unit - count
+      # Shares are of the same size, but for the line's end.
+      rest = lax.div(rest + (size - 1), size)
+      part = share + b * c.segments + segment
     else:
       taken = jnp.int32(1)
       count = jnp.minimum(units - unit, sequence[hopper_plan.PIECE])
       items = sequence[hopper_plan.ITEMS]
+      head = n >= item
       ended = item + 1 >= items
-      whole = items == 1
-      partial = sequence[hopper_plan.OFFSET] + segment * items + item
-    last = ended & (segment + 1 >= c.segments)
+      own = jnp.int32(1) if c.folds else item + 1
+      rest = items - 1 - item
+      part = sequence[hopper_plan.OFFSET] + segment * items + item
+    # If it has not ended, nothing is left (EQUAL).
+    last = (equal | ended) & (segment + 1 >= c.segments)
     next_b = jnp.where(last, sequence[hopper_plan.NEXT], b)
     # Issued now, needed after the tiles: their latency is hidden.
     following = read(next_b) if ahead else None
@@ -261,6 +296,14 @@ def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
     if not equal:
       next_segment = jnp.where(ended, next_segment, segment)
       next_item = jnp.where(ended, 0, item + 1)
+    split = hopper_merge.Split(
+      segment=segment,
+      query_start=sequence[hopper_plan.QUERY_START],
+      query_length=sequence[hopper_plan.QUERY_LENGTH],
+      first=part - (own - 1),
+      own=own,
+      others=jnp.where(head, rest, 0),
+    )
     carry = body(
       Stretch(
         b=b,
@@ -271,8 +314,12 @@ def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
         tiles=lax.div(count + (c.copies - 1), jnp.int32(c.copies)),
         done=done,
         n=n,
-        whole=whole,
-        partial=partial,
+        head=head,
+        item=item,
+        ended=ended,
+        goes_on=left > taken,
+        part=part,
+        split=split,
         next_b=next_b,
         next_begin=ahead
         and position(following, first_unit(following, next_item)),
@@ -282,16 +329,18 @@ def _walk(c, sequences_ref, start, cta, begin, body, ahead=True):
     following = following or read(next_b)
     done += lax.div(count + (c.copies - 1), jnp.int32(c.copies))
     left -= taken
-    return left, next_b, next_segment, next_item, done, n + 1, following, carry
+    next_ = left, next_b, next_segment, next_item
+    return *next_, done, n + 1, following, split, carry
 
-  left, b, segment, item, *sequence = start
+  size, b, segment, item, *sequence = start
   unit = first_unit(sequence, item)
-  share = first_unit(sequence, left) * c.step
-  high = jnp.minimum(
-    sequence[hopper_plan.HIGH], position(sequence, unit) + share
-  )
-  carry = begin(b, position(sequence, unit), segment, high, share)
+  positions = first_unit(sequence, size) * c.step
+  at = position(sequence, unit)
+  high = jnp.minimum(sequence[hopper_plan.HIGH], at + positions)
+  carry = begin(b, at, segment, high, positions)
   zero = jnp.int32(0)
-  carry = (left, b, segment, item, zero, zero, tuple(sequence), carry)
-  *_, done, n, _, _ = lax.while_loop(lambda carry: carry[0] > 0, one, carry)
-  return done, n
+  split = hopper_merge.Split(*[zero] * len(hopper_merge.Split._fields))
+  carry = (size, b, segment, item, zero, zero, tuple(sequence), split, carry)
+  carry = lax.while_loop(lambda carry: carry[0] > 0, one, carry)
+  *_, done, n, _, split, _ = carry
+  return done, n, split

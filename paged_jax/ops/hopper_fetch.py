@@ -35,6 +35,9 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
   """Copies query rows and live pages into shared memory, ahead of use.
 
   wait: called before anything is read that an earlier kernel may write.
+
+  Returns:
+    `split` of the last stretch, see hopper_decode.py.
   """
   q_ref, k_ref, v_ref, layer_ref, k_table, *v_table = sources
   q_smem, k_smem, v_smem = buffers
@@ -50,11 +53,12 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
     k=_Side(k_ref, k_smem, k_full, k_free),
     v=_Side(v_ref, v_smem, v_full, v_free),
   )
-  tiles, segments = walk(fetching.begin, fetching.stretch)
+  tiles, segments, split = walk(fetching.begin, fetching.stretch)
   # Every phase of a barrier is seen by its waiter, the last ones too.
   for free, uses in ((q_free, segments), (k_free, tiles), (v_free, tiles)):
     for i in range(c.query_slots if free is q_free else c.stages):
       backend.wait_if(uses > i, free.at[i])
+  return split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ class _Fetch:
   k: _Side
   v: _Side
 
-  def begin(self, b, position, segment, high, share):
+  def begin(self, b, position, segment, high, positions):
     """Asks L2 for the first tiles of a share, and waits for earlier kernels.
 
     Returns:
@@ -80,7 +84,7 @@ class _Fetch:
     c = self.config
     layer = self.layer[0]  # may be an old one: a hint only, read again below
     bundle = lax.div(segment, jnp.int32(c.row_blocks))
-    ahead = lax.div(share, jnp.int32(hopper_tuning.PART_AHEAD * c.tokens))
+    ahead = lax.div(positions, jnp.int32(hopper_tuning.PART_AHEAD * c.tokens))
     tiles = []
     for i in range(c.ahead):
       here = position + i * c.tokens
@@ -105,14 +109,7 @@ class _Fetch:
     high = jnp.minimum(at.sequence[hopper_plan.HIGH], at.end)
     self._copy_queries(at, bundle, block)
     one = functools.partial(self._tile, at, layer, bundle, low, high)
-    pages = lax.fori_loop(0, at.tiles, one, pages)
-    if c.cut == hopper_tuning.WHOLE:  # which may have no tiles
-      ahead = self._pages(at.next_b, at.next_begin)
-      pages = tuple(
-        jnp.where(at.tiles > 0, x, y)
-        for x, y in zip(pages, ahead, strict=True)
-      )
-    return pages, layer
+    return lax.fori_loop(0, at.tiles, one, pages), layer
 
   def _copy_queries(self, at, bundle, block):
     inputs, c = self.inputs, self.config

@@ -3,23 +3,30 @@
 All work is one line of units (a page of one bundle of heads, what one copy
 brings): sequence after sequence, in a sequence segment after segment (one
 bundle of kv heads and one block of query rows), in a segment page after page.
-CTA c takes the c-th equal share of the line, wherever its ends fall:
+Each CTA takes an equal share of the line, wherever its ends fall:
 
     line    | b=0, s=0 | b=0, s=1 | b=1, s=0        | b=1, s=1        |
-    CTAs    |   0   |   1   |   2   |   3   |   4   |   5   |   6   |
+    shares  |   0   |   1   |   2   |   3   |   4   |   5   |   6   |
+    CTAs        6       5       4       3       2       1       0
 
-so a ragged batch costs what an even one of the same sum does. A segment that
-crosses CTAs leaves one partial result in each; since both c and the global
-segment index s only grow along the line, c + s names every partial uniquely and
-a segment's partials follow each other.
+so a ragged batch costs what an even one of the same sum does. Of a segment that
+crosses shares there is a part in each; since both the share c and the segment's
+place s in the line only grow along it, c + s is a number for each part, and a
+segment's parts follow each other. CTAs take the shares from the last one on,
+for the one with a segment's first part waits for the others (hopper_merge.py),
+and CTAs of lower numbers start earlier. (All of them fit on the device at once;
+should others be there too, those that are waited for come first.)
 
 Two other ways of cutting hand out whole pieces, a line of them instead of
 units, equally many to every CTA:
 
     FIXED   a segment is cut every so many units, by its own length alone, so
-            that its result does not depend on the rest of the batch; the
-            partial of a piece is named by the piece's place in the line
-    WHOLE   a piece is a segment, whose result needs no merging
+            that its result does not depend on the rest of the batch; a part is
+            a piece, and its number that one's place in the line
+    WHOLE   a piece is a segment, which has no parts
+
+A row without keys has one unit all the same, of which nothing is read: so its
+zeros are written as results are.
 
 The searches compare all pairs: a few fused XLA operations, no sort, no scan.
 """
@@ -50,13 +57,13 @@ class Work:
   the first (window); first and past-the-last position that any query sees;
   first query token and number of them; next sequence with work; items of the
   line (units, or pieces) before it; items of each of its segments; units of a
-  piece. A row of `ctas`: number of items; the first one's sequence, segment
+  piece. A row of `shares`: number of items; the first one's sequence, segment
   and place in the segment; and the row of that sequence, so that a CTA starts
-  after one read. `tables`: those to read in place of the call's, K's and V's if
-  it has its own, or none.
+  after one read. CTA i takes the i-th one from the end. `tables`: those to read
+  in place of the call's, K's and V's if it has its own, or none.
   """
 
-  ctas: Int[Array, "ctas 14"]
+  shares: Int[Array, "ctas 14"]
   sequences: Int[Array, "B 10"]
   tables: tuple[Int[Array, "B M"], ...] = ()
   max_pages: int = dataclasses.field(metadata=dict(static=True))  # M
@@ -64,10 +71,10 @@ class Work:
 
   @property
   def num_ctas(self) -> int:
-    return self.ctas.shape[0]
+    return self.shares.shape[0]
 
   @property
-  def num_partials(self) -> int:
+  def num_parts(self) -> int:
     c, B = self.config, self.sequences.shape[0]
     if c.cut == hopper_tuning.EQUAL:
       return self.num_ctas + B * c.segments
@@ -103,11 +110,11 @@ def make_work(
   if geometry.window is not None:
     low = jnp.maximum(lengths - query_length - geometry.window + 1, 0)
   first = low // step
-  units = jnp.maximum(-(-lengths // step) - first, 0)
+  units = jnp.maximum(-(-lengths // step) - first, 1)
   units = jnp.where(query_length > 0, units, 0)
   items, piece = units, jnp.ones_like(units)
-  if config.cut == hopper_tuning.WHOLE:  # an empty row too gets its zeros
-    items, piece = jnp.ones_like(units), jnp.maximum(units, 1)
+  if config.cut == hopper_tuning.WHOLE:
+    items, piece = jnp.minimum(units, 1), jnp.maximum(units, 1)
   elif config.cut == hopper_tuning.FIXED:
     longest = config.piece * MOST_PIECES
     piece = config.piece * jnp.maximum(-(-units // longest), 1)
@@ -145,10 +152,10 @@ def make_work(
     ],
     axis=1,
   )
-  shares = jnp.stack(
+  starts = jnp.stack(
     [cuts[1:] - cuts[:-1], b, within // one, within % one], axis=1
   )
-  ctas = jnp.concatenate([shares, sequences[b]], axis=1)
+  shares = jnp.concatenate([starts, sequences[b]], axis=1)
   return Work(
-    ctas=ctas, sequences=sequences, max_pages=max_pages, config=config
+    shares=shares, sequences=sequences, max_pages=max_pages, config=config
   )

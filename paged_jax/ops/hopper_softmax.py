@@ -7,27 +7,33 @@ For each tile of a segment, in units of log2:
     l' = a l + sum p          acc' = a acc + p v
 
 s and acc live in registers in the layout of WGMMA's results: 64 rows, 16 a
-warp. The result is acc / l and m + log2 l, written through shared memory; a
-sink joins l where this is the output.
+warp. The result, acc / l and m + log2 l, is written from there; a sink joins l
+before. What is not all of a segment goes to memory as it is, or is waited for
+there (hopper_merge.py).
 """
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from paged_jax.ops import backend, hopper_fetch, hopper_plan, hopper_tuning
+from paged_jax.ops import (
+  backend,
+  hopper_fetch,
+  hopper_merge,
+  hopper_plan,
+  hopper_state,
+  hopper_tuning,
+)
 from paged_jax.ops.backend import mosaic
+from paged_jax.ops.hopper_state import LOG2E
 
-_LOG2E = math.log2(math.e)
 
-
-class _Barriers(NamedTuple):
-  """By slot, whether it is full or free; V's dead rows."""
+class Barriers(NamedTuple):
+  """By slot, whether it is full or free; meetings of computing warpgroups."""
 
   q_full: Any
   q_free: Any
@@ -35,45 +41,11 @@ class _Barriers(NamedTuple):
   v_full: Any
   k_free: Any
   v_free: Any
-  v_clean: Any
-
-
-def attend(
-  inputs,
-  c,
-  walk,
-  interpret,
-  wg,
-  sinks_ref,
-  outputs,
-  shares,
-  buffers,
-  staging,
-  barriers,
-):
-  """Online softmax over the tiles of each stretch."""
-  warpgroup = _Warpgroup(
-    inputs=inputs,
-    config=c,
-    interpret=interpret,
-    wg=wg,
-    sinks=sinks_ref,
-    outputs=outputs,
-    shares=shares,
-    buffers=buffers,
-    staging=staging,
-    barriers=_Barriers(*barriers),
-  )
-  # The accumulator of H = 256 leaves no registers to read ahead, nor does a
-  # third warpgroup.
-  ahead = inputs.head_dim < 256 and c.consumers == 1
-  walk(lambda *_: (), warpgroup.stretch, ahead=ahead)
-  if shares:
-    mosaic.wait_smem_to_gmem(0)
+  meeting: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Warpgroup:
+class Warpgroup:
   """What a computing warpgroup knows and works with."""
 
   inputs: Any
@@ -81,14 +53,26 @@ class _Warpgroup:
   interpret: bool
   wg: Any
   sinks: Any
-  outputs: tuple[Any, Any]  # of whole segments: results and their LSE
-  shares: tuple[Any, ...]  # likewise of others
+  outputs: tuple[Any, Any]  # results and their LSE
+  parts: hopper_merge.Parts | None  # where segments may be split
   buffers: tuple[Any, Any, Any]  # shared memory of query, K, V, by slot
-  staging: tuple[Any, ...]  # likewise of shares
-  barriers: _Barriers
+  barriers: Barriers
 
-  def stretch(self, at, _):
-    """Computes a stretch and writes the result."""
+  def attend(self, walk):
+    """Online softmax over the tiles of each stretch; returns the last split."""
+    c = self.config
+    # The accumulator of H = 256 leaves no registers to read ahead, nor does a
+    # third warpgroup.
+    ahead = self.inputs.head_dim < 256 and c.consumers == 1
+
+    def begin(*_):
+      return self._start() if c.folds else ()
+
+    *_, split = walk(begin, self._stretch, ahead=ahead)
+    return split
+
+  def _stretch(self, at, before):
+    """Computes a stretch; `before`: the state of earlier ones, if c.folds."""
     c, barriers = self.config, self.barriers
     low = at.sequence[hopper_plan.LOW]
     high = jnp.minimum(at.sequence[hopper_plan.HIGH], at.end)
@@ -97,17 +81,48 @@ class _Warpgroup:
     one = functools.partial(self._tile, at, q_slot, low, high)
     state = lax.fori_loop(0, at.tiles, one, self._start())
     mosaic.barrier_arrive(barriers.q_free.at[q_slot])
-
-    def share():
-      out, lse = _normalise(*state)
-      _write_share(c, at.partial, self.wg, out, lse, self.shares, self.staging)
-
     if c.cut == hopper_tuning.WHOLE:
-      self._write_whole(at, state)
+      self._write_output(at, state)
+    elif c.folds:
+      state = self._fold(at, before, state)
+      pl.when(at.head & at.ended)(lambda: self._write_output(at, state))
+      # A later piece takes it along, if there is one.
+      pl.when(jnp.logical_not(at.head & (at.ended | at.goes_on)))(
+        lambda: self._write_part(at, state)
+      )
+      return state
     else:
-      pl.when(at.whole)(lambda: self._write_whole(at, state))
-      pl.when(jnp.logical_not(at.whole))(share)
+      whole = at.head & at.ended & (at.item == 0)
+      pl.when(whole)(lambda: self._write_output(at, state))
+      pl.when(jnp.logical_not(whole))(
+        lambda: self._write_part(at, hopper_state.settle(state))
+      )
+      if c.cut == hopper_tuning.FIXED:
+        pl.when(at.head & at.ended & (at.item > 0))(lambda: self._merge(at))
     return ()
+
+  def _fold(self, at, before, state):
+    """Returns the settled state, with earlier pieces of the segment."""
+    state = hopper_state.settle(state)
+    later = at.head & (at.item > 0)
+    return hopper_state.State(*(
+      jnp.where(later, x, y)
+      for x, y in zip(hopper_state.join(before, state), state, strict=True)
+    ))
+
+  def _write_part(self, at, state):
+    """Leaves a part in memory, for another CTA if that has the first one."""
+    self.parts.write(self.wg, at.part, state)
+
+    @pl.when(jnp.logical_not(at.head))
+    def _():
+      self.parts.hand_over(self.wg, at.part)
+
+  def _merge(self, at):
+    """Puts together pieces that are all this CTA's."""
+    mosaic.barrier_arrive(self.barriers.meeting)
+    mosaic.barrier_wait(self.barriers.meeting)
+    self.parts.merge(at.split, self.wg, self.config.consumers)
 
   def _start(self):
     """The state of rows that have seen nothing: [64, H], [64], [64]."""
@@ -116,7 +131,7 @@ class _Warpgroup:
       return mosaic.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
     by_row = mosaic.Layout.WGMMA.reduce(1)
-    return (
+    return hopper_state.State(
       full((64, self.inputs.head_dim), 0.0, mosaic.Layout.WGMMA),
       full((64,), -jnp.inf, by_row),
       full((64,), 0.0, by_row),
@@ -134,10 +149,10 @@ class _Warpgroup:
       q_smem.at[q_slot], k_smem.at[slot], (64, c.tile), self.interpret
     )
     mosaic.barrier_arrive(barriers.k_free.at[slot])
-    unit = inputs.scale * _LOG2E  # logits times this are in units of log2
+    unit = inputs.scale * LOG2E  # logits times this are in units of log2
     if inputs.soft_cap is not None:
       logits = soft_cap(logits, inputs.scale, inputs.soft_cap)
-      unit = _LOG2E
+      unit = LOG2E
     place = inputs, c, self.wg, at.segment, at.sequence
     seen = _seen(*place, position, low - position, high - position)
     logits = jnp.where(seen, logits, -jnp.inf)
@@ -153,7 +168,7 @@ class _Warpgroup:
     pl.when(dead)(lambda: self._clean(slot, low - position, high - position))
     acc = backend.matmul_add(acc, p, v_smem.at[slot], self.interpret)
     mosaic.barrier_arrive(barriers.v_free.at[slot])
-    return acc, m_new, l
+    return hopper_state.State(acc, m_new, l)
 
   def _clean(self, slot, low, high):
     """Zeroes the rows of V outside positions low .. high - 1 of its tile."""
@@ -167,38 +182,60 @@ class _Warpgroup:
       )
 
     if c.consumers > 1:
-      mosaic.barrier_arrive(self.barriers.v_clean)
-      mosaic.barrier_wait(self.barriers.v_clean)
+      mosaic.barrier_arrive(self.barriers.meeting)
+      mosaic.barrier_wait(self.barriers.meeting)
 
-  def _write_whole(self, at, state):
-    """Writes the output of a segment that this CTA computed as a whole."""
-    place = self.inputs, self.config, self.wg, at.segment, at.sequence
+  def _write_output(self, at, state):
+    """Writes the output of a segment, each row to its token and head."""
+    inputs, c = self.inputs, self.config
+    place = inputs, c, self.wg, at.segment, at.sequence
+    token, head = _split_rows(*place)
+    bundle = lax.div(at.segment, jnp.int32(c.row_blocks))
     if self.sinks is not None:
-      state = _add_sinks(*place, self.sinks, *state)
-    out, lse = _normalise(*state)
-    _write_output(
-      *place, self.interpret, out, lse * (1 / _LOG2E), self.outputs
-    )
+      sink = jnp.zeros_like(state.m)
+      for h in range(c.heads):
+        own = self.sinks[bundle * c.heads + h]
+        sink = jnp.where(head == h, own, sink)
+      state = hopper_state.add_sink(state, sink)
+    out, lse = hopper_state.normalise(state)
+    token += lax.rem(at.segment, jnp.int32(c.row_blocks)) * c.block_tokens
+    own = (head >= 0) & (head < c.heads)
+    own &= token < at.sequence[hopper_plan.QUERY_LENGTH]
+    row = jnp.where(own, at.sequence[hopper_plan.QUERY_START] + token, -1)
+    column = bundle * c.heads + head
+    store = functools.partial(backend.store_rows, interpret=self.interpret)
+    out_ref, lse_ref = self.outputs
+    store(lse_ref, lse, row, column)
+    store(out_ref, out.astype(out_ref.dtype), row, column * inputs.head_dim)
 
 
-def _normalise(acc, m, l):
-  """Returns acc / l and the log2-sum-exp, 0 and -inf where nothing was seen."""
-  out = acc * backend.across(1.0 / jnp.where(l == 0.0, 1.0, l), acc.shape[1])
-  return out, jnp.where(l == 0.0, -jnp.inf, m + jnp.log2(l))
+def write_unowned(inputs, sequences_ref, helper, helpers, outputs, interpret):
+  """Writes 0, and -inf as LSE, of tokens that no sequence owns.
 
+  helper, helpers: which of all computing warpgroups this is.
+  """
+  N, H, rows = inputs.num_heads, inputs.head_dim, 8
+  used = sum(
+    sequences_ref[inputs.num_sequences - 1, i]
+    for i in (hopper_plan.QUERY_START, hopper_plan.QUERY_LENGTH)
+  )
+  out_ref, lse_ref = outputs
 
-def _add_sinks(inputs, c, wg, s, sequence, sinks_ref, acc, m, l):
-  """Adds each head's sink to its rows' denominators, as a logit without V."""
-  _, head = _split_rows(inputs, c, wg, s, sequence)
-  first = lax.div(s, jnp.int32(c.row_blocks)) * c.heads
-  sink = jnp.zeros_like(m)
-  for h in range(c.heads):
-    sink = jnp.where(head == h, sinks_ref[first + h] * _LOG2E, sink)
-  top = jnp.maximum(m, sink)
-  safe = jnp.where(top == -jnp.inf, 0.0, top)
-  alpha = jnp.exp2(m - safe)
-  l = l * alpha + jnp.exp2(sink - safe)
-  return acc * backend.across(alpha, acc.shape[1]), top, l
+  def one(i, _):
+    token = used + helper + i * helpers
+    for first in range(0, N, rows):
+      span = 0, N - first
+      zeros = backend.full_strided(rows * H, 0.0, out_ref.dtype)
+      backend.store_span(
+        out_ref, token, first * H, zeros, *span, H, interpret
+      )
+      lse = backend.full_numbers(rows * H, -jnp.inf)
+      backend.store_numbers(
+        lse_ref, token, first, lse, *span, rows, H, interpret
+      )
+
+  mine = inputs.num_tokens - used - helper + (helpers - 1)
+  lax.fori_loop(0, lax.div(mine, jnp.int32(helpers)), one, None)
 
 
 def _split_rows(inputs, c, wg, s, sequence):
@@ -261,53 +298,9 @@ def _seen(inputs, c, wg, s, sequence, position, low, high):
   return seen
 
 
-def _write_output(
-  inputs, c, wg, s, sequence, interpret, out, lse, outputs
-):
-  """Stores the rows of a whole segment, each to its token and head."""
-  out_ref, lse_ref = outputs
-  token, head = _split_rows(inputs, c, wg, s, sequence)
-  bundle = lax.div(s, jnp.int32(c.row_blocks))
-  token += lax.rem(s, jnp.int32(c.row_blocks)) * c.block_tokens
-  own = (head >= 0) & (head < c.heads)
-  own &= token < sequence[hopper_plan.QUERY_LENGTH]
-  row = jnp.where(own, sequence[hopper_plan.QUERY_START] + token, -1)
-  column = bundle * c.heads + head
-  backend.store_rows(lse_ref, lse, row, column, interpret)
-  backend.store_rows(
-    out_ref, out.astype(out_ref.dtype), row, column * c.width, interpret
-  )
-
-
-def _write_share(c, place, wg, out, lse, shares, staging):
-  """Stores a partial result through shared memory, some columns at a time."""
-  (o_ref, lse_ref), (o_smem, lse_smem) = shares, staging
-
-  def copy(w, i):  # the rows of consumer w
-    source = pl.ds(0, min(c.rows - 64 * w, 64))
-    target = pl.ds(64 * w, source.size)
-    if i == 0:
-      mosaic.copy_smem_to_gmem(lse_smem.at[source], lse_ref.at[place, target])
-    column = pl.ds(i * c.columns, c.columns)
-    mosaic.copy_smem_to_gmem(o_smem.at[source], o_ref.at[place, target, column])
-
-  for i in range(out.shape[1] // c.columns):
-    # What was copied from there before must have been read.
-    mosaic.wait_smem_to_gmem(0, wait_read_only=True)
-    if i == 0:
-      lse_smem[...] = lse
-    o_smem[...] = out[:, i * c.columns : (i + 1) * c.columns]
-    mosaic.commit_smem()
-    if c.consumers == 1:
-      copy(0, i)
-    else:
-      for w in range(c.consumers):
-        pl.when(wg == w)(functools.partial(copy, w, i))
-
-
 def soft_cap(logits, scale, cap):
   """cap * tanh(x / cap), x = logits * scale, to float32 rounding of cap."""
-  t = jnp.exp2(logits * (2.0 * _LOG2E * scale / cap))
+  t = jnp.exp2(logits * (2.0 * LOG2E * scale / cap))
   return cap - (2.0 * cap) / (t + 1.0)
 
 

@@ -32,7 +32,7 @@ _IN_FLIGHT = 64 * 1024  # bytes of K and V that an SM waits for; more is slower
 _COPIES_AHEAD = 16  # of K, that L2 is asked for at first
 _BYTES_AHEAD = 256 * 1024  # of K and V, likewise
 PART_AHEAD = 16  # that part of a CTA's share, likewise
-_MERGE_US = 4.0  # what a merging kernel costs
+_SPLIT_US = 4.0  # what splitting segments may cost
 _INVARIANT_B = 32  # the batch that a batch-invariant plan is made for
 _INVARIANT_TOKENS = 256  # shortest piece of it
 
@@ -64,12 +64,11 @@ class Config:
   block_tokens: int  # query tokens a row block
   row_blocks: int  # row blocks a bundle
   bundles: int  # K / kb
-  columns: int  # columns of a result staged in shared memory at once
-  width: int  # columns of a head's result: H, or what merging needs
+  folds: bool  # whether a CTA adds up the pieces of a segment (FIXED) at once
 
   @property
   def rows(self) -> int:
-    """Query rows of a partial result."""
+    """Query rows of a segment."""
     return self.block_tokens * self.token_rows
 
   @property
@@ -165,9 +164,6 @@ def choose(
   if not batch_invariant:
     whole = decode and _whole(g, B * K // kb, kb, max_pages)
     cut = given.get("cut", WHOLE if whole else EQUAL)
-  width = H
-  if cut != WHOLE and kb * G < merged_heads(H):
-    width = -(-H // 128) * 128
   config = Config(
     tile=tile,
     stages=2,
@@ -185,8 +181,8 @@ def choose(
     block_tokens=block_tokens,
     row_blocks=-(-Q // block_tokens),
     bundles=K // kb,
-    columns=given.get("columns", math.gcd(H, 64)),
-    width=width,
+    # Where registers hold two states.
+    folds=cut == FIXED and H <= 128 and consumers == 1,
   )
   room = _SMEM_BYTES // config.ctas_per_sm - _RESERVED - fixed_bytes(config, H)
   stage = 2 * tile * H * 2  # bytes
@@ -242,7 +238,7 @@ def num_ctas(config: Config, num_sequences: int, sms: int) -> int:
   less (3 us of 185), for the memory is the limit.
   """
   most = sms * config.ctas_per_sm
-  if config.cut != EQUAL:
+  if config.cut == WHOLE:
     return most
   segments = num_sequences * config.segments
   return max(
@@ -252,46 +248,37 @@ def num_ctas(config: Config, num_sequences: int, sms: int) -> int:
 
 def fixed_bytes(config: Config, head_dim: int) -> int:
   """Shared memory besides the stages, bytes."""
-  rows = 64 * config.consumers
-  staged = 0 if config.cut == WHOLE else config.columns * 4 + 4
-  return rows * (config.query_slots * head_dim * 2 + staged)
-
-
-def merged_heads(width: int) -> int:
-  """Heads a merging CTA does: their rows fill 128 lanes."""
-  return 128 // math.gcd(128, width)
+  return 64 * config.consumers * config.query_slots * head_dim * 2
 
 
 def _whole(g, segments, kb, max_pages):
-  """Whether CTAs take whole segments, so that nothing needs merging.
+  """Whether CTAs take whole segments, so that none is split.
 
   Only where the longest possible segment is short: what does not divide evenly
-  must cost less than merging.
+  must cost less than waiting for parts and adding them up.
   """
   bound = max_pages * g.page_size
   if g.window is not None:
     bound = min(bound, g.window + g.page_size)
   us = bound * kb * g.head_dim * 4 / _SM_BYTES
-  return us <= 12 and (-(-segments // _SMS) - segments / _SMS) * us <= _MERGE_US
+  return us <= 12 and (-(-segments // _SMS) - segments / _SMS) * us <= _SPLIT_US
 
 
 def _bundle(g, rows, num_sequences):
   """The largest power of two that fits, within what the batch can use."""
   K, G, p = g.num_kv_heads, g.num_heads // g.num_kv_heads, g.page_size
-  merged = merged_heads(g.head_dim)
   best = kb = 1
   while K % (2 * kb) == 0 and 2 * kb * p <= rows:
     kb *= 2
-    # A copy needs 8 rows; merging, whole groups of heads. Beyond that keep some
-    # segments: one that many CTAs share writes many partials of all its rows.
+    # A copy needs 8 rows. Beyond that keep some segments: one that many CTAs
+    # share has many parts of all its rows.
     must = best * p < 8
-    needed = must or best * G % merged
     query_rows = _token_rows(kb * G)
     if not must:
       query_rows *= g.max_query_length
     if query_rows > 64:
       break
-    if needed or num_sequences * (K // kb) >= _SMS // 2:
+    if must or num_sequences * (K // kb) >= _SMS // 2:
       best = kb
   return best
 

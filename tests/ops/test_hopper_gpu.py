@@ -30,6 +30,43 @@ def test_a_pool_of_more_than_2_to_31_elements():
   data.assert_right(made, out, lse)
 
 
+@pytest.mark.parametrize("number", [0, 2**32 - 1, 0x7FC0_7FC0, 1])
+def test_memory_that_holds_anything_before(number):
+  """Parts of segments and their flags lie in memory that nobody clears."""
+  made = data.problem(56, lengths=(3000, 95, 0, 700), N=32, K=8, H=128, p=16,
+                      dtype=jnp.bfloat16)
+  for _ in range(5):
+    filled = [jnp.full(2**k, number, jnp.uint32) for k in range(8, 27)]
+    jax.block_until_ready(filled)
+    del filled
+    data.assert_right(made, *data.call(made, "hopper"))
+
+
+@pytest.mark.parametrize("H, N, K", [(128, 32, 8), (64, 14, 2), (256, 16, 8)])
+def test_batch_invariance_wherever_cuts_fall(H, N, K):
+  """Bits are the same alone, in company and in another place."""
+  lengths = (5000, 95, 0, 3000, 700, 8000, 1)
+  made = data.problem(62, lengths=lengths, N=N, K=K, H=H, p=16, sinks=True,
+                      dtype=jnp.bfloat16)
+
+  def attend(made):
+    plan = paged_jax.plan_attention(
+      made.page_table, made.lengths, num_heads=N, num_kv_heads=K, head_dim=H,
+      page_size=16, dtype=jnp.bfloat16, batch_invariant=True,
+    )
+    return data.call(made, None, plan=plan)
+
+  out, lse = attend(made)
+  data.assert_right(made, out, lse)
+  for rows in ([0], [5], [3, 1], [6, 5, 4, 3, 2, 1, 0], [5, 0, 5, 0, 5]):
+    rows = np.array(rows)
+    part = made.replace(
+      query=made.query[rows], page_table=made.page_table[rows],
+      lengths=made.lengths[rows],
+    )
+    data.assert_same_bits(attend(part), (out[rows], lse[rows]))
+
+
 @pytest.mark.parametrize(
   "changes, batch_invariant",
   [

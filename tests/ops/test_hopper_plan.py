@@ -40,30 +40,32 @@ def test_shares_cover_every_page_once(cut, num_ctas, lengths, queries, window):
   want = []
   for b, (length, query) in enumerate(zip(lengths, queries, strict=True)):
     low = max(length - query - (window or length) + 1, 0)
-    pages = range(low // 16, -(-length // 16)) if query else ()
+    # Rows without keys have a unit, so that their zeros are written.
+    end = max(-(-length // 16), low // 16 + 1)
+    pages = range(low // 16, end) if query else ()
     want += [
       (b, s, page) for s in range(config.segments) for page in pages
     ]
   assert work.num_ctas == num_ctas
   sequences = np.asarray(work.sequences)
-  got, partials, sizes = [], [], []
-  for cta, share in enumerate(np.asarray(work.ctas)):
-    stretches = _stretches(config, cta, share, sequences)
+  got, parts, sizes = [], [], []
+  for number, share in enumerate(np.asarray(work.shares)):
+    stretches = _stretches(config, number, share, sequences)
     got += [(b, s, page) for b, s, pages, _ in stretches for page in pages]
-    partials += [partial for *_, partial in stretches]
+    parts += [part for *_, part in stretches]
     sizes.append(share[0])
   assert got == want
   assert sum(sizes) == (sequences[:, hopper_plan.ITEMS] * config.segments).sum()
   assert max(sizes) <= -(-sum(sizes) // num_ctas)
-  if cut == hopper_tuning.WHOLE:  # empty rows too: their zeros are written
-    assert len(partials) == len(lengths) * config.segments
+  if cut == hopper_tuning.WHOLE:
+    assert len(parts) == sum(map(bool, queries)) * config.segments
   else:
-    assert len(set(partials)) == len(partials)
-    assert all(x < work.num_partials for x in partials)
+    assert parts == sorted(set(parts))
+    assert all(x < work.num_parts for x in parts)
 
 
-def _stretches(config, cta, share, sequences):
-  """What a CTA does: (sequence, segment, pages, partial), in plain Python."""
+def _stretches(config, number, share, sequences):
+  """What a share holds: (sequence, segment, pages, part), in plain Python."""
   left, b, s, item, *row = share
   stretches = []
   if left:
@@ -72,14 +74,14 @@ def _stretches(config, cta, share, sequences):
     plan = sequences[b]
     items, units = plan[hopper_plan.ITEMS], plan[hopper_plan.UNITS]
     if config.cut == hopper_tuning.EQUAL:
-      unit, partial = item, cta + b * config.segments + s
+      unit, part = item, number + b * config.segments + s
       taken = count = min(units - unit, left)
     else:
       unit, taken = item * plan[hopper_plan.PIECE], 1
       count = min(units - unit, plan[hopper_plan.PIECE])
-      partial = plan[hopper_plan.OFFSET] + s * items + item
+      part = plan[hopper_plan.OFFSET] + s * items + item
     first = plan[hopper_plan.FIRST] + unit
-    stretches.append((b, s, range(first, first + count), partial))
+    stretches.append((b, s, range(first, first + count), part))
     left, item = left - taken, item + taken
     if item == items:
       item, s = 0, s + 1

@@ -6,10 +6,9 @@ where one will do.
 
 _DECODE = "tests/ops/test_hopper.py::test_kernels[{}]"
 _PLAN = "tests/ops/test_hopper_plan.py::test_shares_cover_every_page_once"
-_CUTS = (
-  "tests/ops/test_hopper.py::test_the_cuts_of_a_segment_share_its_heads[16-"
-  "lengths0]"
-)
+_PARTS = "tests/ops/test_hopper.py::test_segments_of_many_parts[16-lengths0]"
+_INVARIANT = "tests/ops/test_hopper.py::test_batch_invariance[None]"
+_STATE = "tests/ops/test_hopper_state.py::{}"
 _SUITE = "tests/conformance/test_hopper.py::{}"
 _PREFILL = "tests/ops/test_hopper_prefill.py::{}"
 _MIXED = _PREFILL.format("test_mixed_batch_with_unaligned_starts")
@@ -72,12 +71,6 @@ MUTANTS = {
     "m_safe = m_new",
     _DECODE.format("more queries than keys"),
   ),
-  "merge: query rows not where they were copied to": (
-    "hopper_merge.py",
-    "at = j * c.token_rows + hopper_fetch.row_shift(c, row)",
-    "at = j * c.token_rows",
-    _DECODE.format("rows off groups of 8"),
-  ),
   # Decode: dead V, results.
   "dead V not zeroed": (
     "hopper_softmax.py",
@@ -97,102 +90,120 @@ MUTANTS = {
     "at = at // heads",
     _DECODE.format("few heads of 80"),
   ),
-  "whole segments: empty rows are not 0": (
-    "hopper_softmax.py",
-    "backend.across(1.0 / jnp.where(l == 0.0, 1.0, l), ",
-    "backend.across(1.0 / l, ",
+  "empty rows are not 0": (
+    "hopper_state.py",
+    "across(1.0 / jnp.where(l == 0.0, 1.0, l), acc)",
+    "across(1.0 / l, acc)",
     _DECODE.format("whole segments, many rows"),
   ),
   "whole segments: another head's sink": (
     "hopper_softmax.py",
-    "sinks_ref[first + h]",
-    "sinks_ref[h]",
+    "self.sinks[bundle * c.heads + h]",
+    "self.sinks[h]",
     _DECODE.format("whole segments"),
   ),
-  "whole segments: no sinks": (
+  "no sinks": (
+    "hopper_state.py",
+    "l + jnp.exp2(sink - shift)",
+    "l",
+    _DECODE.format("whole segments"),
+  ),
+  "tokens that no row owns are not 0": (
     "hopper_softmax.py",
-    "l = l * alpha + jnp.exp2(sink - safe)",
-    "l = l * alpha",
-    _DECODE.format("whole segments"),
-  ),
-  # Decode: merge.
-  "merge: partials beyond the last count": (
-    "hopper_merge.py",
-    "lse = [jnp.where(start + k < count, x, -jnp.inf) for x in lse]",
-    "lse = list(lse)",
-    _DECODE.format("split segments"),
-  ),
-  "merge: partials weigh the same": (
-    "hopper_merge.py",
-    "w = [jnp.exp2(x - y) for x, y in zip(lse, shift, strict=True)]",
-    "w = [jnp.where(x == -jnp.inf, 0.0, 1.0) for x in lse]",
-    _DECODE.format("split segments"),
-  ),
-  "merge: earlier outputs keep their scale": (
-    "hopper_merge.py",
-    "acc = acc * self._spread(alpha)",
-    "acc = acc * 1.0",
-    "tests/ops/test_hopper.py::test_many_partials_are_merged",
-  ),
-  "merge: earlier weights keep their scale": (
-    "hopper_merge.py",
-    "l = [x * y for x, y in zip(l, alpha, strict=True)]",
-    "l = list(l)",
-    "tests/ops/test_hopper.py::test_many_partials_are_merged",
-  ),
-  "merge: another head's sink": (
-    "hopper_merge.py",
-    "sinks[first + h]",
-    "sinks[h]",
-    _DECODE.format("split segments"),
-  ),
-  "merge: empty rows are not 0": (
-    "hopper_merge.py",
-    "inverse = [jnp.where(x == 0.0, 0.0, 1.0 / x) for x in l]",
-    "inverse = [1.0 / x for x in l]",
-    _DECODE.format("a page larger than a tile"),
-  ),
-  "merge: tokens that no row owns are not 0": (
-    "hopper_merge.py",
-    "unowned = inputs.num_tokens - used",
-    "unowned = inputs.num_tokens - used - 1",
+    "mine = inputs.num_tokens - used - helper",
+    "mine = inputs.num_tokens - used - 1 - helper",
     _DECODE.format("few tokens"),
   ),
-  "merge: tokens that no row owns get sinks": (
-    "hopper_merge.py",
-    "heads.empty(used + i, owned=False)",
-    "heads.empty(used + i)",
-    _CUTS,
+  # Decode: parts.
+  "states: added at any maximum": (
+    "hopper_state.py",
+    "whole = lax.round(m, lax.RoundingMethod.TO_NEAREST_EVEN)",
+    "whole = m",
+    _STATE.format("test_a_sum_has_the_same_bits_however_it_is_made"),
   ),
-  "merge: all cuts of a segment do the same heads": (
-    "hopper_merge.py",
-    "helper += (place - first_cta - 1) * parts",
-    "helper += 0",
-    _CUTS,
+  "states: all weigh the same": (
+    "hopper_state.py",
+    "_scale(state, jnp.exp2(state.m - shift), across)\n    acc, l",
+    "state\n    acc, l",
+    _STATE.format("test_a_sum_is_the_softmax_of_all_keys"),
   ),
-  "merge: heads that no cut does": (
-    "hopper_merge.py",
-    "helpers = (count - 1) * parts",
-    "helpers = count * parts",
-    _CUTS,
+  "states: what was added keeps its scale": (
+    "hopper_state.py",
+    "acc, _, l = _scale(first, jnp.exp2(first.m - shift), across)",
+    "acc, _, l = first",
+    _STATE.format("test_a_sum_is_the_softmax_of_all_keys"),
   ),
-  "merge: heads that fill no group": (
-    "hopper_merge.py",
-    "pl.when(piece == pieces - 1)",
-    "pl.when(piece == pieces)",
-    _DECODE.format("an odd group"),
+  "pieces of the segment before are taken along": (
+    "hopper_softmax.py",
+    "later = at.head & (at.item > 0)",
+    "later = at.item >= 0",
+    _INVARIANT,
   ),
-  "merge: row blocks as the first one": (
-    "hopper_merge.py",
-    "token = sequence[hopper_plan.QUERY_START] + block * c.block_tokens",
-    "token = sequence[hopper_plan.QUERY_START]",
-    _CUTS,
-  ),
-  "merge: rows of another CTA's partials": (
-    "hopper_merge.py",
-    "base = first_cta + b * c.segments + segment",
-    "base = first_cta + segment",
+  "parts: their numbers are those of others": (
+    "hopper_decode.py",
+    "part = share + b * c.segments + segment",
+    "part = share + b * 0",
     _DECODE.format("split segments"),
+  ),
+  "parts: not waited for": (
+    "hopper_decode.py",
+    "rest = lax.div(rest + (size - 1), size)",
+    "rest = lax.div(rest, size)",
+    _DECODE.format("split segments"),
+  ),
+  "parts: waited for by those who have them": (
+    "hopper_decode.py",
+    "others=jnp.where(head, rest, 0)",
+    "others=rest",
+    _PARTS,
+  ),
+  "parts: not handed over": (
+    "hopper_softmax.py",
+    "@pl.when(jnp.logical_not(at.head))",
+    "@pl.when(at.head)",
+    _DECODE.format("split segments"),
+  ),
+  "parts: those who wait come first": (
+    "hopper_decode.py",
+    "lambda i, _: share(shares - 1 - i)",
+    "lambda i, _: share(i)",
+    _DECODE.format("split segments"),
+  ),
+  "parts: one flag for two warpgroups": (
+    "hopper_merge.py",
+    "return wg * (flags.shape[0] // self.config.consumers) + part",
+    "return part + 0 * wg",
+    _DECODE.format("many rows"),
+  ),
+  "parts: there are more than there are": (
+    "hopper_merge.py",
+    "m = jnp.where(at < count, m, -jnp.inf)",
+    "m = m + 0",
+    _DECODE.format("split segments"),
+  ),
+  "parts: another head's sink": (
+    "hopper_merge.py",
+    "self._numbers(self.sinks, (), number)",
+    "self._numbers(self.sinks, (), head)",
+    _DECODE.format("split segments"),
+  ),
+  "parts: query rows not where they were copied to": (
+    "hopper_merge.py",
+    "j * c.token_rows + hopper_fetch.row_shift(c, query_row)",
+    "j * c.token_rows",
+    _DECODE.format("rows off groups of 8"),
+  ),
+  "parts: heads of the next bundle": (
+    "hopper_merge.py",
+    "span = lead - head, c.heads - head",
+    "span = lead - head, rows",
+    _DECODE.format("rows off groups of 8"),
+  ),
+  "parts: row blocks as the first one": (
+    "hopper_merge.py",
+    "token = split.query_start + block",
+    "token = split.query_start",
+    _PARTS,
   ),
   # Decode: plan.
   "plan: shares too small": (
@@ -212,6 +223,12 @@ MUTANTS = {
     "units = jnp.where(query_length > 0, units, 0)",
     "units = jnp.where(query_length >= 0, units, 0)",
     _PLAN,
+  ),
+  "plan: rows without keys are not written": (
+    "hopper_plan.py",
+    "jnp.maximum(-(-lengths // step) - first, 1)",
+    "jnp.maximum(-(-lengths // step) - first, 0)",
+    _DECODE.format("split segments"),
   ),
   "plan: empty rows own work": (
     "hopper_plan.py",

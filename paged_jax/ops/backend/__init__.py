@@ -9,6 +9,8 @@ is here, so that a change in jax, or the end of a dialect, costs these files.
     layouts    of shared memory
     products   on the tensor cores
     rows       in and out of their layout
+    strided    rows in the layout of plain loads
+    signals    from one CTA to another
 """
 
 from jax.experimental.pallas import mosaic_gpu as mosaic
@@ -45,6 +47,17 @@ from paged_jax.ops.backend.rows import (
   store_rows,
   zero_dead_rows,
 )
+from paged_jax.ops.backend.signals import flags, raise_flag, take_flags
+from paged_jax.ops.backend.strided import (
+  full_numbers,
+  full_strided,
+  load_numbers,
+  store_numbers,
+  store_span,
+  strided,
+  strided_numbers,
+  widen,
+)
 from paged_jax.ops.backend.triton import (
   compute_capability,
   dot,
@@ -56,10 +69,13 @@ from paged_jax.ops.backend.triton import (
 
 __all__ = [
   "across", "blocked", "compute_capability", "compute_now", "copy_if",
-  "counter", "dot", "draw", "each_warp", "exp2", "finish_matmul_add", "hidden",
-  "load", "load_blocks", "mask_columns", "matmul", "matmul_add", "mosaic",
-  "mosaic_call", "prefetch_if", "rescale", "row_numbers", "set_max_registers",
-  "split_barriers", "start_matmul_add", "start_next_kernel", "store",
-  "store_block", "store_rows", "tiled", "triton_call",
-  "wait_for_previous_kernel", "wait_if", "zero_dead_rows",
+  "counter", "dot", "draw", "each_warp", "exp2", "finish_matmul_add", "flags",
+  "full_numbers", "full_strided", "hidden", "load", "load_blocks",
+  "load_numbers", "mask_columns", "matmul", "matmul_add", "mosaic",
+  "mosaic_call", "prefetch_if", "raise_flag", "rescale", "row_numbers",
+  "set_max_registers", "split_barriers", "start_matmul_add",
+  "start_next_kernel", "store", "store_block", "store_numbers", "store_rows",
+  "store_span", "strided", "strided_numbers", "take_flags", "tiled",
+  "triton_call", "wait_for_previous_kernel", "wait_if", "widen",
+  "zero_dead_rows",
 ]
