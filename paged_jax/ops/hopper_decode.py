@@ -150,28 +150,60 @@ def _kernel(inputs, c, shares, interpret, *refs):
   lax.fori_loop(0, shares, lambda i, _: share(shares - 1 - i), None)
 
 
+class _Memory(NamedTuple):
+  """What a CTA works with, in global and shared memory."""
+
+  query: Any
+  pools: tuple[Any, Any]  # K, V
+  shares: Any  # of the plan
+  sequences: Any
+  layer: Any
+  tables: tuple[Any, ...]  # K's, and V's if it has its own
+  sinks: Any  # or None
+  outputs: tuple[Any, Any]  # results, their LSE
+  parts: tuple[Any, ...]  # where segments may be split
+  buffers: tuple[Any, Any, Any]  # query, K, V
+  barriers: tuple[Any, Any, Any, Any]  # see hopper_softmax.Barriers
+
+
+def _memory(inputs, refs):
+  query, k, v, shares, sequences, layer, *refs = refs
+  num_tables = 2 if inputs.combined else 1
+  tables, refs = tuple(refs[:num_tables]), refs[num_tables:]
+  sinks = None
+  if inputs.sinks is not None:
+    sinks, *refs = refs
+  *refs, q_smem, k_smem, v_smem, q_full, full, done, finished = refs
+  return _Memory(
+    query=query,
+    pools=(k, v),
+    shares=shares,
+    sequences=sequences,
+    layer=layer,
+    tables=tables,
+    sinks=sinks,
+    outputs=tuple(refs[:2]),
+    parts=tuple(refs[2:]),
+    buffers=(q_smem, k_smem, v_smem),
+    barriers=(q_full, full, done, finished),
+  )
+
+
 def _share(inputs, c, shares, interpret, refs, share):
   """Dispatches the warpgroups to work on a share."""
-  q_ref, k_ref, v_ref, shares_ref, sequences_ref, layer_ref, *refs = refs
-  num_tables = 2 if inputs.combined else 1
-  tables, refs = refs[:num_tables], refs[num_tables:]
-  sinks_ref = None
-  if inputs.sinks is not None:
-    sinks_ref, *refs = refs
-  outputs, refs = tuple(refs[:2]), refs[2:]
+  memory = _memory(inputs, refs)
   parts = None
-  if c.cut != hopper_tuning.WHOLE:
+  if memory.parts:
     parts = hopper_merge.Parts(
       inputs=inputs,
       config=c,
       interpret=interpret,
       most=shares if c.cut == hopper_tuning.EQUAL else hopper_plan.MOST_PIECES,
-      memory=tuple(refs[:3]),
-      sinks=sinks_ref,
-      outputs=outputs,
+      memory=memory.parts,
+      sinks=memory.sinks,
+      outputs=memory.outputs,
     )
-    refs = refs[3:]
-  q_smem, k_smem, v_smem, q_full, full, done, finished = refs
+  q_full, full, done, finished = memory.barriers
   k_full, v_full = backend.split_barriers(full, c.stages, c.stages)
   q_free, k_free, v_free, meeting = backend.split_barriers(
     done, c.query_slots, c.stages, c.stages, 1
@@ -181,8 +213,8 @@ def _share(inputs, c, shares, interpret, refs, share):
   # The plan and the page table are older than any kernel that may still run:
   # they are read ahead.
   columns = 7 if c.cut == hopper_tuning.EQUAL else 10
-  start = tuple(shares_ref[share, i] for i in range(4 + columns))
-  walk = functools.partial(_walk, c, sequences_ref, start, share)
+  start = tuple(memory.shares[share, i] for i in range(4 + columns))
+  walk = functools.partial(_walk, c, memory.sequences, start, share)
 
   def wait():
     backend.wait_for_previous_kernel(interpret)
@@ -195,8 +227,8 @@ def _share(inputs, c, shares, interpret, refs, share):
       walk,
       wait,
       interpret,
-      (q_ref, k_ref, v_ref, layer_ref, *tables),
-      (q_smem, k_smem, v_smem),
+      (memory.query, *memory.pools, memory.layer, *memory.tables),
+      memory.buffers,
       barriers,
     )
 
@@ -205,18 +237,18 @@ def _share(inputs, c, shares, interpret, refs, share):
     if not inputs.decode:
       helper = share * c.consumers + wg, shares * c.consumers
       hopper_softmax.write_unowned(
-        inputs, sequences_ref, *helper, outputs, interpret
+        inputs, memory.sequences, *helper, memory.outputs, interpret
       )
-    rows = pl.ds(wg * 64, 64)
+    q_smem, *buffers = memory.buffers
     warpgroup = hopper_softmax.Warpgroup(
       inputs=inputs,
       config=c,
       interpret=interpret,
       wg=wg,
-      sinks=sinks_ref,
-      outputs=outputs,
+      sinks=memory.sinks,
+      outputs=memory.outputs,
       parts=parts,
-      buffers=(q_smem.at[:, rows], k_smem, v_smem),
+      buffers=(q_smem.at[:, pl.ds(wg * 64, 64)], *buffers),
       barriers=hopper_softmax.Barriers(*barriers, meeting.at[0]),
     )
     return warpgroup.attend(walk)
@@ -228,17 +260,11 @@ def _share(inputs, c, shares, interpret, refs, share):
   @pl.when(split.others > 0)
   def _():
     pl.when(wg == c.consumers)(lambda: parts.wait(split))
-    _meet(finished)
+    backend.meet(finished)
     parts.merge(split, wg, c.consumers + 1)
 
   if interpret:  # what is written of this share is read in a later one
-    _meet(finished)
-
-
-def _meet(barrier):
-  """Returns when all warpgroups have called it."""
-  mosaic.barrier_arrive(barrier)
-  mosaic.barrier_wait(barrier)
+    backend.meet(finished)
 
 
 def _walk(c, sequences_ref, start, share, begin, body, ahead=True):

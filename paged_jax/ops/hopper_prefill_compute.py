@@ -307,8 +307,7 @@ class _Walk:
       v = self.smem.v.at[self._slot(kv_tile)]
       first, last = low - position, length - position
       _zero_dead_rows(self.config, self.wg, v, first, last, self.interpret)
-      mosaic.barrier_arrive(self.barriers.v_clean)
-      mosaic.barrier_wait(self.barriers.v_clean)
+      backend.meet(self.barriers.v_clean)
 
   def _seen(self, tile, position):
     """Which columns each row sees: from the first number on, below the second.

@@ -9,7 +9,6 @@ row, 2 columns each, do not meet for it.
 
 import dataclasses
 import functools
-import math
 import operator
 from typing import Any
 
@@ -18,8 +17,8 @@ import jax.numpy as jnp
 from paged_jax.ops import backend
 from paged_jax.ops import hopper_prefill_plan as plan
 from paged_jax.ops.backend import mosaic
+from paged_jax.ops.hopper_state import LOG2E
 
-LOG2E = math.log2(math.e)
 PARTS = 8  # of a row's denominator: 4 threads, 2 columns each
 _SLACK = 8.0  # see above; 2^8 is far from what float16 overflows at
 

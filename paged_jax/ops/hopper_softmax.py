@@ -120,8 +120,7 @@ class Warpgroup:
 
   def _merge(self, at):
     """Puts together pieces that are all this CTA's."""
-    mosaic.barrier_arrive(self.barriers.meeting)
-    mosaic.barrier_wait(self.barriers.meeting)
+    backend.meet(self.barriers.meeting)
     self.parts.merge(at.split, self.wg, self.config.consumers)
 
   def _start(self):
@@ -182,8 +181,7 @@ class Warpgroup:
       )
 
     if c.consumers > 1:
-      mosaic.barrier_arrive(self.barriers.meeting)
-      mosaic.barrier_wait(self.barriers.meeting)
+      backend.meet(self.barriers.meeting)
 
   def _write_output(self, at, state):
     """Writes the output of a segment, each row to its token and head."""

@@ -181,6 +181,12 @@ def wait_if(condition: Any, barrier: Any) -> None:
     mosaic.barrier_wait(barrier)
 
 
+def meet(barrier: Any) -> None:
+  """Returns when all warpgroups that a barrier counts have called it."""
+  mosaic.barrier_arrive(barrier)
+  mosaic.barrier_wait(barrier)
+
+
 def wait_for_previous_kernel(interpret: bool) -> None:
   """Blocks until what earlier kernels wrote is there; see the next."""
   if not interpret:
