@@ -124,8 +124,7 @@ def choose(
   """
   g = geometry
   K, H, p = g.num_kv_heads, g.head_dim, g.page_size
-  G = g.num_heads // K
-  Q = g.max_query_length
+  G, Q = g.num_heads // K, g.max_query_length
   check_geometry(g)
   if Q > 8:
     raise NotImplementedError(
@@ -134,28 +133,10 @@ def choose(
   if G > 128:
     raise NotImplementedError(f"G={G} query heads a kv head: more than 128")
   B = _INVARIANT_B if batch_invariant else num_sequences
+  positions = None if batch_invariant else B * max_pages * p
   given = measured(g, B) if overrides is None else overrides
   consumers = 2 if _token_rows(G) * Q > 64 and H <= 128 else 1
-  # Large pages: a tile is a part of one head's page, and short ones are many.
-  # Large bundles: a short one would be fewer than 32 tokens; pages of one token
-  # take so many copies that it gains all the same.
-  short = H == 128 and p < 64 and (p == 1 or _bundle(g, 64, B) < 4)
-  short |= H > 128 or consumers == 2
-  if B * K * max_pages * p <= _SMS * 128 and not batch_invariant:
-    short = True  # longer ones would never be full
-  tile = given.get("tile", 64 if short else 128)
-  kb = given.get("kb") or _bundle(g, tile, B)
-  step = min(p, tile // kb)
-  if tile % 64 or K % kb or (kb > 1 and step < p) or tile % (kb * step):
-    raise ValueError(
-      f"tile={tile}, kb={kb}: a tile takes a multiple of 64 rows, whole "
-      f"bundles of pages of p={p}, and kb divides K={K}"
-    )
-  if kb * p < 8:
-    raise TooFewRows(
-      f"page size {p} with K={K} kv heads: a copy needs 8 rows, and no bundle "
-      "of heads has them"
-    )
+  tile, kb, step = _tile(g, B, positions, consumers, given)
   token_rows = _token_rows(kb * G)
   block_tokens = min(Q, 64 * consumers // token_rows)
   if not block_tokens:
@@ -184,16 +165,52 @@ def choose(
     # Where registers hold two states.
     folds=cut == FIXED and H <= 128 and consumers == 1,
   )
+  return _with_depth(config, H, positions, given)
+
+
+def _tile(g, B, positions, consumers, given):
+  """Returns rows of a tile, heads of a bundle, positions of a copy.
+
+  positions: of all sequences, at most; None: unknown.
+  """
+  K, H, p = g.num_kv_heads, g.head_dim, g.page_size
+  # Large pages: a tile is a part of one head's page, and short ones are many.
+  # Large bundles: a short one would be fewer than 32 tokens; pages of one token
+  # take so many copies that it gains all the same.
+  short = H == 128 and p < 64 and (p == 1 or _bundle(g, 64, B) < 4)
+  short |= H > 128 or consumers == 2
+  if positions is not None and K * positions <= _SMS * 128:
+    short = True  # longer ones would never be full
+  tile = given.get("tile", 64 if short else 128)
+  kb = given.get("kb") or _bundle(g, tile, B)
+  step = min(p, tile // kb)
+  if tile % 64 or K % kb or (kb > 1 and step < p) or tile % (kb * step):
+    raise ValueError(
+      f"tile={tile}, kb={kb}: a tile takes a multiple of 64 rows, whole "
+      f"bundles of pages of p={p}, and kb divides K={K}"
+    )
+  if kb * p < 8:
+    raise TooFewRows(
+      f"page size {p} with K={K} kv heads: a copy needs 8 rows, and no bundle "
+      "of heads has them"
+    )
+  return tile, kb, step
+
+
+def _with_depth(config, H, positions, given):
+  """Returns the config with what is in flight, and asked of L2 at first."""
   room = _SMEM_BYTES // config.ctas_per_sm - _RESERVED - fixed_bytes(config, H)
-  stage = 2 * tile * H * 2  # bytes
+  stage = 2 * config.tile * H * 2  # bytes
   stages = given.get("stages", max(_IN_FLIGHT // stage, 2))
-  stages = min(stages, room // stage)
   ahead = min(_COPIES_AHEAD // config.copies, _BYTES_AHEAD // stage)
-  if not batch_invariant:
-    share = B * config.segments * max_pages * p / _SMS  # tokens, at most
+  if positions is not None:
+    share = positions * config.segments / _SMS  # tokens, at most
     ahead = min(ahead, math.ceil(share / (PART_AHEAD * config.tokens)))
-  ahead = given.get("ahead", max(ahead, 1))
-  return dataclasses.replace(config, stages=stages, ahead=ahead)
+  return dataclasses.replace(
+    config,
+    stages=min(stages, room // stage),
+    ahead=given.get("ahead", max(ahead, 1)),
+  )
 
 
 @functools.cache
