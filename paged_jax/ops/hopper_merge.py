@@ -155,7 +155,6 @@ class Parts:
 
   def _start(self):
     size = self._rows * self.inputs.head_dim
-
     number = functools.partial(backend.full_numbers, size)
     return hopper_state.State(
       backend.full_strided(size, 0.0), number(-jnp.inf), number(0.0)
