@@ -102,13 +102,14 @@ def attend(
       mosaic.SMEM((c.query_slots, rows, H), dtype, transforms=tiled),
       stage,
       stage,
-      barrier(num_arrivals=c.block_tokens, num_barriers=c.query_slots),
+      barrier(num_arrivals=c.query_copies, num_barriers=c.query_slots),
       barrier(num_arrivals=c.copies, num_barriers=2 * c.stages),
       barrier(
         num_arrivals=c.consumers,
         num_barriers=c.query_slots + 2 * c.stages + 1,
       ),
       barrier(num_arrivals=c.consumers + 1),
+      mosaic.SMEM((len(hopper_merge.Split._fields),), jnp.int32),
     ),
     num_warpgroups=c.consumers + 1,
     interpret=interpret,
@@ -164,6 +165,7 @@ class _Memory(NamedTuple):
   parts: tuple[Any, ...]  # where segments may be split
   buffers: tuple[Any, Any, Any]  # query, K, V
   barriers: tuple[Any, Any, Any, Any]  # see hopper_softmax.Barriers
+  split: Any  # what a fetching warp tells the others of its warpgroup
 
 
 def _memory(inputs, refs):
@@ -173,7 +175,7 @@ def _memory(inputs, refs):
   sinks = None
   if inputs.sinks is not None:
     sinks, *refs = refs
-  *refs, q_smem, k_smem, v_smem, q_full, full, done, finished = refs
+  *refs, q_smem, k_smem, v_smem, q_full, full, done, finished, split = refs
   return _Memory(
     query=query,
     pools=(k, v),
@@ -186,6 +188,7 @@ def _memory(inputs, refs):
     parts=tuple(refs[2:]),
     buffers=(q_smem, k_smem, v_smem),
     barriers=(q_full, full, done, finished),
+    split=split,
   )
 
 
@@ -220,8 +223,12 @@ def _share(inputs, c, shares, interpret, refs, share):
     backend.wait_for_previous_kernel(interpret)
     backend.start_next_kernel(interpret)
 
+  def found(split):
+    for i, x in enumerate(split):
+      memory.split[i] = x
+
   def fetch():
-    return hopper_fetch.fetch(
+    hopper_fetch.fetch(
       inputs,
       c,
       walk,
@@ -230,6 +237,10 @@ def _share(inputs, c, shares, interpret, refs, share):
       (memory.query, *memory.pools, memory.layer, *memory.tables),
       memory.buffers,
       barriers,
+      found,
+    )
+    return hopper_merge.Split(
+      *(memory.split[i] for i in range(len(hopper_merge.Split._fields)))
     )
 
   def compute():

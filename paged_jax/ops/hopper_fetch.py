@@ -1,10 +1,16 @@
 """The fetching warpgroup of the Hopper decode kernel.
 
-It runs ahead of the computing ones by `stages` tiles: waits until a slot is
-free, then copies the live pages of a tile there, K first. Page ids are read one
-tile ahead, so that their latency hides behind the wait; the first ones while an
-earlier kernel still runs. Before all else it asks L2 for the first tile, or a
-sixteenth of its share: memory is idle when a kernel begins. Each slot has a
+It runs ahead of the computing ones by `stages` tiles. Its warps share the pages
+of a tile, a copy each in turn, for a copy costs a warp some hundred cycles:
+
+    a tile of 8 pages    | 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 |
+    warps                  0   1   2   3   0   1   2   3
+
+(where a tile has fewer, the last warps have nothing to do). A warp waits until
+a slot is free, then copies its live pages there, K first. Page ids are read two
+tiles ahead, so that their latency hides behind the waits; the first ones while
+an earlier kernel still runs. Before all else it asks L2 for the first tile, or
+a sixteenth of the share: memory is idle when a kernel begins. Each slot has a
 barrier that counts copies (and their bytes) and one that counts readers done.
 """
 
@@ -21,6 +27,8 @@ from paged_jax.ops import backend, hopper_plan, hopper_tuning
 from paged_jax.ops.backend import mosaic
 from paged_jax.ops.inputs import Inputs
 
+_WARPS = 4  # of a warpgroup
+
 
 class _Side(NamedTuple):
   """What K, or V, is copied from and to, and the barriers of its slots."""
@@ -31,39 +39,44 @@ class _Side(NamedTuple):
   free: Any
 
 
-def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers):
+def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers, found):
   """Copies query rows and live pages into shared memory, ahead of use.
 
-  wait: called before anything is read that an earlier kernel may write.
-
-  Returns:
-    `split` of the last stretch, see hopper_decode.py.
+  wait: called before anything is read that an earlier kernel may write;
+  found(split): called by one warp, with that of the last stretch, see
+  hopper_decode.py.
   """
   q_ref, k_ref, v_ref, layer_ref, k_table, *v_table = sources
   q_smem, k_smem, v_smem = buffers
   q_full, q_free, k_full, v_full, k_free, v_free = barriers
-  fetching = _Fetch(
-    inputs=inputs,
-    config=c,
-    interpret=interpret,
-    wait=wait,
-    layer=layer_ref,
-    tables=(k_table, *v_table),
-    query=(q_ref, q_smem, q_full, q_free),
-    k=_Side(k_ref, k_smem, k_full, k_free),
-    v=_Side(v_ref, v_smem, v_full, v_free),
-  )
-  tiles, segments, split = walk(fetching.begin, fetching.stretch)
-  # Every phase of a barrier is seen by its waiter, the last ones too.
-  for free, uses in ((q_free, segments), (k_free, tiles), (v_free, tiles)):
-    for i in range(c.query_slots if free is q_free else c.stages):
-      backend.wait_if(uses > i, free.at[i])
-  return split
+
+  def by(warps):
+    fetching = _Fetch(
+      inputs=inputs,
+      config=c,
+      interpret=interpret,
+      wait=wait,
+      layer=layer_ref,
+      tables=(k_table, *v_table),
+      query=(q_ref, q_smem, q_full, q_free),
+      k=_Side(k_ref, k_smem, k_full, k_free),
+      v=_Side(v_ref, v_smem, v_full, v_free),
+      warps=warps,
+    )
+
+    # One without copies would be overtaken by the barriers that it waits for.
+    @pl.when(warps[0] < c.copies)
+    def _():
+      tiles, stretches, split = walk(fetching.begin, fetching.stretch)
+      fetching.end(tiles, stretches)
+      fetching.first_warp(lambda: found(split))
+
+  backend.each_warp(by, interpret)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Fetch:
-  """What the fetching warpgroup knows and works with."""
+  """What some fetching warps know and work with."""
 
   inputs: Inputs
   config: hopper_tuning.Config
@@ -74,6 +87,7 @@ class _Fetch:
   query: tuple[Any, Any, Any, Any]  # in memory, in shared memory; full, free
   k: _Side
   v: _Side
+  warps: list[Any]
 
   def begin(self, b, position, segment, high, positions):
     """Asks L2 for the first tiles of a share, and waits for earlier kernels.
@@ -85,17 +99,18 @@ class _Fetch:
     layer = self.layer[0]  # may be an old one: a hint only, read again below
     bundle = lax.div(segment, jnp.int32(c.row_blocks))
     ahead = lax.div(positions, jnp.int32(hopper_tuning.PART_AHEAD * c.tokens))
-    tiles = []
-    for i in range(c.ahead):
-      here = position + i * c.tokens
-      pages = self._pages(b, here)
-      tiles.append(pages)
+    # All are read before the first one is waited for.
+    starts = [position + i * c.tokens for i in range(c.ahead)]
+    tiles = [self._pages(b, start) for start in starts]
+    for i, (start, pages) in enumerate(zip(starts, tiles, strict=True)):
       for side, ids in self._sides(pages):
-        for j, page in enumerate(ids):
-          first = here + j * c.step
-          live = (first < high) & ((i == 0) | (i < ahead))
+
+        def ask(j, page, side=side, start=start, some=(i == 0) | (i < ahead)):
+          first = start + j * c.step
           source = self._part(side.pool, layer, page, bundle, first)
-          backend.prefetch_if(live, source, self.interpret)
+          backend.prefetch_if((first < high) & some, source, self.interpret)
+
+        self._each(ids, ask)
     self.wait()
     return tiles[0], self.layer[0]
 
@@ -107,9 +122,27 @@ class _Fetch:
     block = lax.rem(at.segment, jnp.int32(c.row_blocks))
     low = at.sequence[hopper_plan.LOW]
     high = jnp.minimum(at.sequence[hopper_plan.HIGH], at.end)
-    self._copy_queries(at, bundle, block)
+    self.first_warp(lambda: self._copy_queries(at, bundle, block))
     one = functools.partial(self._tile, at, layer, bundle, low, high)
-    return lax.fori_loop(0, at.tiles, one, pages), layer
+    pages, _ = lax.fori_loop(0, at.tiles, one, (pages, self._ids(at, 1)))
+    return pages, layer
+
+  def end(self, tiles, stretches):
+    """Sees every phase of the barriers it has waited for, the last ones too."""
+    c = self.config
+
+    def see(free, count, uses):
+      for i in range(count):
+        backend.wait_if(uses > i, free.at[i])
+
+    *_, q_free = self.query
+    self.first_warp(lambda: see(q_free, c.query_slots, stretches))
+    for side in (self.k, self.v):
+      see(side.free, c.stages, tiles)
+
+  def first_warp(self, do):
+    """Calls do() in one of all fetching warps."""
+    pl.when(self.warps[0] == 0)(do)
 
   def _copy_queries(self, at, bundle, block):
     inputs, c = self.inputs, self.config
@@ -117,54 +150,79 @@ class _Fetch:
     slot = lax.rem(at.n, jnp.int32(c.query_slots))
     backend.wait_if(at.n >= c.query_slots, free.at[slot])
     token = at.sequence[hopper_plan.QUERY_START] + block * c.block_tokens
+    count = 8 if c.packed else c.token_rows  # rows of a copy
     for j in range(c.block_tokens):
       row = query_row(inputs, c, token + j, bundle)
-      mosaic.copy_gmem_to_smem(
-        memory.at[pl.ds(row - row_shift(c, row), c.token_rows)],
-        smem.at[slot, pl.ds(j * c.token_rows, c.token_rows)],
-        full.at[slot],
-      )
+      row -= row_shift(c, row)
+      for i in range(0, c.token_rows, count):
+        to = j * c.token_rows + i
+        mosaic.copy_gmem_to_smem(
+          memory.at[pl.ds(row + i, count)],
+          smem.at[slot, pl.ds(2 * to if c.packed else to, count)],
+          full.at[slot],
+        )
 
-  def _tile(self, at, layer, bundle, low, high, i, pages):
-    """Copies the stretch's i-th tile; returns the page ids of the next."""
+  def _tile(self, at, layer, bundle, low, high, i, carry):
+    """Copies the stretch's i-th tile; carry: page ids of it and the next."""
     c, step = self.config, self.config.step
-    position = at.begin + i * c.tokens
-    slot = lax.rem(at.done + i, jnp.int32(c.stages))
-    last = i + 1 == at.tiles
-    following = self._pages(
-      jnp.where(last, at.next_b, at.b),
-      jnp.where(last, at.next_begin, position + c.tokens),
-    )
+    pages, following = carry
+    then = self._ids(at, i + 2)
+    position, number = at.begin + i * c.tokens, at.done + i
+    slot = lax.rem(number, jnp.int32(c.stages))
     # Row blocks of a bundle read the same pages.
     once = None if c.row_blocks > 1 else jnp.array(True)
     for side, ids in self._sides(pages):
-      backend.wait_if(at.done + i >= c.stages, side.free.at[slot])
-      for j, page in enumerate(ids):
+      backend.wait_if(number >= c.stages, side.free.at[slot])
+
+      def copy(j, page, side=side):
         first = position + j * step
-        live = (first + step > low) & (first < high)
         backend.copy_if(
-          live,
+          (first + step > low) & (first < high),
           self._part(side.pool, layer, page, bundle, first),
           side.smem.at[slot, pl.ds(j * step * c.kb, step * c.kb)],
           side.full.at[slot],
           self.interpret,
           once,
         )
-    return following
+
+      self._each(ids, copy)
+    return following, then
+
+  def _ids(self, at, i):
+    """Page ids of a stretch's i-th tile; past its end, of the next's first."""
+    inside = i < at.tiles
+    return self._pages(
+      jnp.where(inside, at.b, at.next_b),
+      jnp.where(inside, at.begin + i * self.config.tokens, at.next_begin),
+    )
 
   def _pages(self, b, position):
-    """Page ids of a tile: K's, then V's if it has a table of its own."""
+    """Ids of these warps' pages of a tile: K's, then V's if it has a table."""
     p, last = self.inputs.page_size, self.inputs.max_pages - 1
     at = [
-      jnp.minimum(lax.div(position + j * self.config.step, jnp.int32(p)), last)
-      for j in range(self.config.copies)
+      jnp.minimum(
+        lax.div(position + (warp + i) * self.config.step, jnp.int32(p)), last
+      )
+      for warp in self.warps
+      for i in range(0, self.config.copies, _WARPS)
     ]
-    return tuple(table[b, i] for table in self.tables for i in at)
+    return tuple(tuple(table[b, i] for i in at) for table in self.tables)
 
   def _sides(self, pages):
     """K and V, each with its page ids."""
-    copies = self.config.copies
-    return (self.k, pages[:copies]), (self.v, pages[-copies:])
+    return (self.k, pages[0]), (self.v, pages[-1])
+
+  def _each(self, ids, do):
+    """Calls do(j, id) for these warps' pages, the j-th ones of a tile."""
+    copies, ids = self.config.copies, iter(ids)
+    for warp in self.warps:
+      for i in range(0, copies, _WARPS):
+        one = functools.partial(do, warp + i, next(ids))
+        # Of fewer than all warps, those without a page are not here.
+        if (i and copies - i < _WARPS) or self.interpret:
+          pl.when(warp + i < copies)(one)
+        else:
+          one()
 
   def _part(self, pool, layer, page, bundle, position):
     """What one copy brings: a bundle of a page, or positions of it."""

@@ -78,9 +78,9 @@ class Parts:
   def write(self, wg, part, state):
     """Writes a computing warpgroup's rows of a part."""
     acc, sums, _ = self.memory
-    row = mosaic.broadcasted_iota(
-      jnp.int32, (64,), 0, layout=mosaic.Layout.WGMMA.reduce(1)
-    )
+    count = self.config.warpgroup_rows
+    layout = backend.in_registers(count).reduce(1)
+    row = mosaic.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
     if self.config.consumers > 1:
       row += wg * 64
     rows = self.config.rows
@@ -112,23 +112,30 @@ class Parts:
 
   def merge(self, split, helper, helpers):
     """Writes a segment's output, in warpgroups 0 .. helpers - 1."""
+    few = split.own + split.others <= self._few.parts
+    for some, batch in ((few, self._few), (jnp.logical_not(few), self._many)):
+      one = functools.partial(self._merge, batch, split, helper, helpers)
+      pl.when(some)(one)
+
+  def _merge(self, batch, split, helper, helpers):
     c = self.config
     bundle, block = _divmod(split.segment, c.row_blocks)
     block *= c.block_tokens
     tokens = jnp.clip(split.query_length - block, 0, c.block_tokens)
     token = split.query_start + block
-    groups = -(-c.heads // self._rows)
+    groups = -(-c.heads // batch.rows)
 
     def one(i, _):
       j, group = _divmod(helper + i * helpers, groups)
-      self._merge_rows(split, token + j, j, bundle, group * self._rows)
+      lead = group * batch.rows
+      self._merge_rows(batch, split, token + j, j, bundle, lead)
 
     mine = tokens * groups - helper + (helpers - 1)
     lax.fori_loop(0, lax.div(mine, jnp.int32(helpers)), one, None)
 
-  def _merge_rows(self, split, token, j, bundle, lead):
+  def _merge_rows(self, batch, split, token, j, bundle, lead):
     """Merges heads of a bundle, from `lead` on, of its j-th token."""
-    inputs, c, rows = self.inputs, self.config, self._rows
+    inputs, c, rows = self.inputs, self.config, batch.rows
     H = inputs.head_dim
     query_row = hopper_fetch.query_row(inputs, c, token, bundle)
     begin = j * c.token_rows + hopper_fetch.row_shift(c, query_row)
@@ -136,11 +143,11 @@ class Parts:
     head = row - begin  # of the bundle, that row's, if it is one's
     number = bundle * c.heads + head
     count = split.own + split.others
-    rounds = lax.div(count + (self._unroll - 1), jnp.int32(self._unroll))
-    some = functools.partial(self._add, row, split.first, count)
-    state = lax.fori_loop(0, rounds, some, self._start())
+    rounds = lax.div(count + (batch.parts - 1), jnp.int32(batch.parts))
+    some = functools.partial(self._add, batch, row, split.first, count)
+    state = lax.fori_loop(0, rounds, some, self._start(rows))
     if self.sinks is not None:
-      sink = self._numbers(self.sinks, (), number)
+      sink = self._numbers(self.sinks, (), number, rows)
       state = hopper_state.add_sink(state, sink, self._across)
     out, lse = hopper_state.normalise(state, self._across)
     out_ref, lse_ref = self.outputs
@@ -153,52 +160,63 @@ class Parts:
       lse_ref, token, number, lse, *span, rows, H, self.interpret
     )
 
-  def _start(self):
-    size = self._rows * self.inputs.head_dim
+  def _start(self, rows):
+    size = rows * self.inputs.head_dim
     number = functools.partial(backend.full_numbers, size)
     return hopper_state.State(
       backend.full_strided(size, 0.0), number(-jnp.inf), number(0.0)
     )
 
-  def _add(self, row, first, count, i, state):
-    """Adds the i-th few parts of `count`, of rows from `row` on."""
+  def _add(self, batch, row, first, count, i, state):
+    """Adds the i-th batch of `count` parts, of rows from `row` on."""
     acc_ref, sums_ref, _ = self.memory
     H = self.inputs.head_dim
-    size = self._rows * H
+    size = batch.rows * H
     parts = []
-    for k in range(self._unroll):
-      at = i * self._unroll + k
+    for k in range(batch.parts):
+      at = i * batch.parts + k
       part = first + jnp.minimum(at, count - 1)
       data = acc_ref.at[part, pl.ds(row * H, size)]
       acc = mosaic.load(data, layout=backend.strided(size))
-      m = self._numbers(sums_ref, (part,), row)
-      l = self._numbers(sums_ref, (part,), row + self.config.rows)
+      m = self._numbers(sums_ref, (part,), row, batch.rows)
+      l = self._numbers(
+        sums_ref, (part,), row + self.config.rows, batch.rows
+      )
       m = jnp.where(at < count, m, -jnp.inf)
       parts.append(hopper_state.State(acc, m, l))
     return hopper_state.join(state, *parts, across=self._across)
 
-  def _numbers(self, ref, place, first):
+  def _numbers(self, ref, place, first, rows):
     return backend.load_numbers(
-      ref, place, first, self._rows, self.inputs.head_dim, self.interpret
+      ref, place, first, rows, self.inputs.head_dim, self.interpret
     )
 
   def _across(self, x, acc):
     return backend.widen(x, acc.shape[0], self.interpret)
 
   @property
-  def _rows(self) -> int:
-    """Rows merged at a time: 16 to 32 bytes of acc a thread."""
-    return 4 if self.inputs.head_dim >= 128 else 8
+  def _few(self) -> "_Batch":
+    """What suits few parts: all rows at once, or nearly."""
+    rows = 16 if self.inputs.head_dim <= 128 else 8
+    return _Batch(min(rows, self.config.rows), 4 // self.config.consumers)
 
   @property
-  def _unroll(self) -> int:
-    """Parts in flight, what registers can hold."""
-    many = 16 if self._rows * self.inputs.head_dim <= 512 else 8
-    return many // self.config.consumers
+  def _many(self) -> "_Batch":
+    """What suits many: 16 to 32 bytes of acc a thread."""
+    rows = 4 if self.inputs.head_dim >= 128 else 8
+    parts = 16 if rows * self.inputs.head_dim <= 512 else 8
+    return _Batch(rows, parts // self.config.consumers)
 
   def _flag(self, wg, part):
     *_, flags = self.memory
     return wg * (flags.shape[0] // self.config.consumers) + part
+
+
+class _Batch(NamedTuple):
+  """What is added up at a time, as much as registers hold."""
+
+  rows: int
+  parts: int
 
 
 def _divmod(x, y):

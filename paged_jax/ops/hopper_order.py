@@ -56,7 +56,9 @@ def in_memory_order(
   # Those that stay are smaller or larger than all ids, in their order.
   key = jnp.where(before, page - M, page + (_LAST - M))
   key = jnp.where(moves, tables[0], key)
-  found = lax.sort((key, *tables[1:]), dimension=1, num_keys=1)
+  found = lax.sort(
+    (key, *tables[1:]), dimension=1, num_keys=1, is_stable=False
+  )
   return tuple(
     jnp.where(moves, new, old) for new, old in zip(found, tables, strict=True)
   )

@@ -32,6 +32,7 @@ from paged_jax.ops import (
   backend,
   hopper_prefill_store,
   hopper_prefill_units,
+  hopper_scores,
   hopper_softmax,
 )
 from paged_jax.ops import hopper_prefill_plan as plan
@@ -190,10 +191,11 @@ class _Walk:
       within = pl.multiple_of(lax.rem(unit.position, jnp.int32(c.tile)), width)
       k, v = k.at[pl.ds(within, width)], v.at[pl.ds(within, width)]
     logits, to_log2, tile = self._logits(query, k, unit, masked)
-    scores = softmax.score(logits, to_log2, m, masked)
+    scores = hopper_scores.score(logits, to_log2, m, masked)
     early = width - min(c.late, width - 64)  # a product takes 64 or more
     p = scores.weights(0, early)
-    l = l * backend.across(scores.alpha, softmax.PARTS) + softmax.sums(p)
+    l = l * backend.across(scores.alpha, hopper_scores.PARTS)
+    l += hopper_scores.sums(p)
     p = p.astype(dtype)
     acc = backend.rescale(acc, scores.alpha, interpret)
     if c.settle:
@@ -210,7 +212,7 @@ class _Walk:
     acc = backend.start_matmul_add(acc, p, first, interpret)
     if early < width:
       p = scores.weights(early, width)
-      l += softmax.sums(p)
+      l += hopper_scores.sums(p)
       last = v.at[pl.ds(early, width - early)]
       acc = backend.start_matmul_add(acc, p.astype(dtype), last, interpret)
     self._prepare_next(unit)

@@ -1,15 +1,9 @@
-"""The arithmetic of the Hopper prefill kernel's online softmax.
+"""The state of the Hopper prefill kernel's online softmax.
 
 A row's state is its accumulator, what its weights are relative to, m, and the
-sum of them in PARTS parts. m follows the maximum with some slack, so that a
-weight may reach 2^8: where it stays, the accumulator is left alone. A row's m
-depends on no other row. The sum is kept in 8 parts, so that the 4 threads of a
-row, 2 columns each, do not meet for it.
+sum of them in parts (hopper_scores.py).
 """
 
-import dataclasses
-import functools
-import operator
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,10 +11,8 @@ import jax.numpy as jnp
 from paged_jax.ops import backend
 from paged_jax.ops import hopper_prefill_plan as plan
 from paged_jax.ops.backend import mosaic
+from paged_jax.ops.hopper_scores import PARTS
 from paged_jax.ops.hopper_state import LOG2E
-
-PARTS = 8  # of a row's denominator: 4 threads, 2 columns each
-_SLACK = 8.0  # see above; 2^8 is far from what float16 overflows at
 
 
 def start(head_dim: int) -> tuple[Any, Any, Any]:
@@ -34,42 +26,6 @@ def start(head_dim: int) -> tuple[Any, Any, Any]:
     full((64, head_dim), 0.0, layout),
     full((64,), -jnp.inf, layout.reduce(1)),
     full((64, PARTS), 0.0, layout),
-  )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scores:
-  """Base-2 logits of a unit, float32 [64, width], when times `factor`."""
-
-  logits: Any
-  factor: float
-  m: Any  # what weights are relative to, [64], -inf before something is seen
-  shift: Any  # m, or 0 where nothing was seen
-  alpha: Any  # factor of the weights of units before
-
-  def weights(self, first: int, last: int) -> Any:
-    """Returns those of columns first .. last - 1."""
-    logits = self.logits[:, first:last] * self.factor
-    return jnp.exp2(logits - backend.across(self.shift, last - first))
-
-
-def score(logits, factor, m, masked):
-  """Returns the scores of a unit; `masked`: whether some may be -inf."""
-  most = logits.max(axis=1) * factor
-  m_new = shift = jnp.where(most > m + _SLACK, most, m)
-  if masked:
-    shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
-  alpha = jnp.exp2(m - shift)
-  return Scores(
-    logits=logits, factor=factor, m=m_new, shift=shift, alpha=alpha
-  )
-
-
-def sums(p):
-  """Sums of each row's columns, [64, PARTS]."""
-  return functools.reduce(  # sum() would begin by adding to 0
-    operator.add,
-    [p[:, i : i + PARTS] for i in range(0, p.shape[1], PARTS)],
   )
 
 

@@ -25,6 +25,7 @@ from paged_jax.ops import (
   hopper_fetch,
   hopper_merge,
   hopper_plan,
+  hopper_scores,
   hopper_state,
   hopper_tuning,
 )
@@ -79,7 +80,10 @@ class Warpgroup:
     q_slot = lax.rem(at.n, jnp.int32(c.query_slots))
     mosaic.barrier_wait(barriers.q_full.at[q_slot])
     one = functools.partial(self._tile, at, q_slot, low, high)
-    state = lax.fori_loop(0, at.tiles, one, self._start())
+    acc, m, l = lax.fori_loop(0, at.tiles, one, self._start_tiles())
+    if c.packed:
+      acc = backend.packed(acc, self.interpret)
+    state = hopper_state.State(acc, m, l.sum(axis=1))
     mosaic.barrier_arrive(barriers.q_free.at[q_slot])
     if c.cut == hopper_tuning.WHOLE:
       self._write_output(at, state)
@@ -124,16 +128,21 @@ class Warpgroup:
     self.parts.merge(at.split, self.wg, self.config.consumers)
 
   def _start(self):
-    """The state of rows that have seen nothing: [64, H], [64], [64]."""
-
-    def full(shape, value, layout):
-      return mosaic.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-    by_row = mosaic.Layout.WGMMA.reduce(1)
+    """The state of rows that have seen nothing: [rows, H], [rows], [rows]."""
+    rows = self.config.warpgroup_rows
     return hopper_state.State(
-      full((64, self.inputs.head_dim), 0.0, mosaic.Layout.WGMMA),
-      full((64,), -jnp.inf, by_row),
-      full((64,), 0.0, by_row),
+      _full((rows, self.inputs.head_dim), 0.0),
+      _full((rows,), -jnp.inf),
+      _full((rows,), 0.0),
+    )
+
+  def _start_tiles(self):
+    """Likewise, as tiles carry it: [64, H], [rows], [rows, PARTS]."""
+    rows = self.config.warpgroup_rows
+    return hopper_state.State(
+      _full((64, self.inputs.head_dim), 0.0),
+      _full((rows,), -jnp.inf),
+      _full((rows, hopper_scores.PARTS), 0.0),
     )
 
   def _tile(self, at, q_slot, low, high, i, carry):
@@ -148,26 +157,48 @@ class Warpgroup:
       q_smem.at[q_slot], k_smem.at[slot], (64, c.tile), self.interpret
     )
     mosaic.barrier_arrive(barriers.k_free.at[slot])
+    if c.packed:
+      logits = backend.packed(logits, self.interpret)
     unit = inputs.scale * LOG2E  # logits times this are in units of log2
     if inputs.soft_cap is not None:
       logits = soft_cap(logits, inputs.scale, inputs.soft_cap)
       unit = LOG2E
     place = inputs, c, self.wg, at.segment, at.sequence
-    seen = _seen(*place, position, low - position, high - position)
-    logits = jnp.where(seen, logits, -jnp.inf)
-    m_new = jnp.maximum(m, logits.max(axis=1) * unit)
-    m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
-    alpha = jnp.exp2(m - m_safe)
-    p = jnp.exp2(logits * unit - backend.across(m_safe, c.tile))
-    l = l * alpha + p.sum(axis=1)
-    acc = acc * backend.across(alpha, inputs.head_dim)
-    p = p.astype(inputs.query.dtype)
-    mosaic.barrier_wait(barriers.v_full.at[slot])
     dead = (position < low) | (position + c.tokens > high)
-    pl.when(dead)(lambda: self._clean(slot, low - position, high - position))
+    limits = low - position, high - position
+    logits = lax.cond(
+      dead | self._some_unseen(at.sequence, position),
+      lambda x: jnp.where(_seen(*place, position, *limits), x, -jnp.inf),
+      lambda x: x,
+      logits,
+    )
+    if c.kb > 1:
+      logits = jnp.where(_own_head(*place), logits, -jnp.inf)
+    scores = hopper_scores.score(logits, unit, m, masked=True)
+    p = scores.weights(0, c.tile)
+    l = l * backend.across(scores.alpha, hopper_scores.PARTS)
+    l += hopper_scores.sums(p)
+    acc = backend.rescale(acc, scores.alpha, self.interpret)
+    p = p.astype(inputs.query.dtype)
+    if c.packed:
+      p = backend.unpacked(p, self.interpret)
+    mosaic.barrier_wait(barriers.v_full.at[slot])
+    pl.when(dead)(lambda: self._clean(slot, *limits))
     acc = backend.matmul_add(acc, p, v_smem.at[slot], self.interpret)
     mosaic.barrier_arrive(barriers.v_free.at[slot])
-    return hopper_state.State(acc, m_new, l)
+    return hopper_state.State(acc, scores.m, l)
+
+  def _some_unseen(self, sequence, position):
+    """Whether some query token does not see all of a live tile."""
+    inputs, c = self.inputs, self.config
+    if inputs.max_query_length == 1:
+      return False
+    first = sequence[hopper_plan.HIGH] - sequence[hopper_plan.QUERY_LENGTH]
+    # Not causal: tokens before the first position see nothing.
+    some = position + c.tokens > first + 1 if inputs.causal else first < 0
+    if inputs.window is not None:
+      some |= position + inputs.window < sequence[hopper_plan.HIGH]
+    return some
 
   def _clean(self, slot, low, high):
     """Zeroes the rows of V outside positions low .. high - 1 of its tile."""
@@ -241,7 +272,7 @@ def _split_rows(inputs, c, wg, s, sequence):
 
   Rows around a token's own are of heads below 0 or from c.heads on.
   """
-  row = _iota((64,), 0, mosaic.Layout.WGMMA.reduce(1))
+  row = _iota((c.warpgroup_rows,), 0)
   if c.consumers > 1:
     row += wg * 64
   token = jnp.zeros_like(row)
@@ -260,40 +291,45 @@ def _split_rows(inputs, c, wg, s, sequence):
 
 
 def _seen(inputs, c, wg, s, sequence, position, low, high):
-  """Which column each row sees, bool [64, part].
+  """Which column each row sees, bool [rows, c.tile].
 
   low and high are limits for all rows; all positions but `position`, that of
   the first column, are relative to it.
   """
-  shape, G, step = (64, c.tile), inputs.group_size, c.step
-  column = _iota(shape, 1, mosaic.Layout.WGMMA)
+  step = c.step
+  column = _iota((c.warpgroup_rows, c.tile), 1)
   at = column
   if c.kb > 1:  # columns are [page, head of the bundle, token]
     at = (column >> _log2(c.kb * step)) * step + (column & (step - 1))
   if inputs.max_query_length == 1 or not inputs.causal:
     seen = (at >= low) & (at < high)
-  if c.kb == 1 and inputs.max_query_length == 1:
+  if inputs.max_query_length == 1:
     return seen
-  token, head = _split_rows(inputs, c, wg, s, sequence)
-  if inputs.max_query_length > 1:
-    block = lax.rem(s, jnp.int32(c.row_blocks)) * c.block_tokens
-    first = sequence[hopper_plan.HIGH] - sequence[hopper_plan.QUERY_LENGTH]
-    own = token + (first + block - position)
-    if inputs.causal:
-      # Rows past the last token would see beyond the sequence.
-      seen = at < backend.across(jnp.minimum(own + 1, high), c.tile)
-    else:  # tokens before the first position see nothing
-      end = jnp.where(own >= -position, c.tile, 0)
-      seen &= at < backend.across(end, c.tile)
-    if inputs.window is not None:
-      seen &= at > backend.across(own - inputs.window, c.tile)
-  if c.kb > 1:
-    kv_head = jnp.zeros_like(head)
-    for j in range(1, c.kb):
-      kv_head += (head >= j * G).astype(jnp.int32)
-    theirs = (column >> _log2(step)) & (c.kb - 1)
-    seen &= theirs == backend.across(kv_head, c.tile)
+  token, _ = _split_rows(inputs, c, wg, s, sequence)
+  block = lax.rem(s, jnp.int32(c.row_blocks)) * c.block_tokens
+  first = sequence[hopper_plan.HIGH] - sequence[hopper_plan.QUERY_LENGTH]
+  own = token + (first + block - position)
+  if inputs.causal:
+    # Rows past the last token would see beyond the sequence.
+    seen = at < backend.across(jnp.minimum(own + 1, high), c.tile)
+  else:  # tokens before the first position see nothing
+    end = jnp.where(own >= -position, c.tile, 0)
+    seen &= at < backend.across(end, c.tile)
+  if inputs.window is not None:
+    seen &= at > backend.across(own - inputs.window, c.tile)
   return seen
+
+
+def _own_head(inputs, c, wg, s, sequence):
+  """Which columns each row has a head in common with, bool [rows, c.tile]."""
+  _, head = _split_rows(inputs, c, wg, s, sequence)
+  kv_head = jnp.zeros_like(head)
+  for j in range(1, c.kb):
+    kv_head += (head >= j * inputs.group_size).astype(jnp.int32)
+  # Columns are [page, head of the bundle, token].
+  column = _iota((c.warpgroup_rows, c.tile), 1)
+  theirs = (column >> _log2(c.step)) & (c.kb - 1)
+  return theirs == backend.across(kv_head, c.tile)
 
 
 def soft_cap(logits, scale, cap):
@@ -302,8 +338,19 @@ def soft_cap(logits, scale, cap):
   return cap - (2.0 * cap) / (t + 1.0)
 
 
-def _iota(shape, axis, layout):
-  return mosaic.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+def _full(shape, value):
+  x = jnp.full(shape, value, jnp.float32)
+  return mosaic.layout_cast(x, _layout(shape))
+
+
+def _iota(shape, axis):
+  return mosaic.broadcasted_iota(jnp.int32, shape, axis, layout=_layout(shape))
+
+
+def _layout(shape):
+  """Layout of rows, [rows, n], or of numbers of theirs, [rows]."""
+  layout = backend.in_registers(shape[0])
+  return layout if len(shape) == 2 else layout.reduce(1)
 
 
 def _log2(x):

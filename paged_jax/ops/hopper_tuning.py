@@ -29,7 +29,7 @@ _RESERVED = 4096  # barriers, what the driver takes
 _SMS = 132  # H100; a guess is enough for the rule
 _SM_BYTES = 23e3  # of K and V that an SM gets in a us when all are busy
 _IN_FLIGHT = 64 * 1024  # bytes of K and V that an SM waits for; more is slower
-_COPIES_AHEAD = 16  # of K, that L2 is asked for at first
+_COPIES_AHEAD = 64  # of K, that L2 is asked for at first
 _BYTES_AHEAD = 256 * 1024  # of K and V, likewise
 PART_AHEAD = 16  # that part of a CTA's share, likewise
 _SPLIT_US = 4.0  # what splitting segments may cost
@@ -70,6 +70,24 @@ class Config:
   def rows(self) -> int:
     """Query rows of a segment."""
     return self.block_tokens * self.token_rows
+
+  @property
+  def packed(self) -> bool:
+    """Whether a warp has 8 query rows and as much padding, not 16 rows.
+
+    A thread's second row is padding then, of which it computes nothing.
+    """
+    return self.consumers == 1 and self.rows <= 32
+
+  @property
+  def warpgroup_rows(self) -> int:
+    """Rows that a warpgroup computes with; some may be padding."""
+    return 32 if self.packed else 64
+
+  @property
+  def query_copies(self) -> int:
+    """Copies of query rows, that a segment takes."""
+    return self.rows // 8 if self.packed else self.block_tokens
 
   @property
   def tokens(self) -> int:

@@ -123,6 +123,9 @@ CASES = {
                                max_query_length=3, N=12, K=4, p=4),
   "a page larger than a tile": dict(lengths=(40, 0, 300), N=4, K=2, p=256),
   "window": dict(lengths=(40, 0, 229, 300), N=4, K=2, window=37),
+  "a window from a tile's first position on": dict(
+    lengths=(229,), query_lengths=(3,), max_query_length=3, N=4, K=2, window=99
+  ),
   "few tokens": dict(lengths=(40, 5, 229, 3), query_lengths=(3, 2, 0, 1), T=9,
                      max_query_length=3, N=4, K=2, window=37, soft_cap=5.0,
                      combined=True),
@@ -149,6 +152,23 @@ def test_kernels(name):
   made = data.problem(50, **settings)
   out, lse = data.call(made, "hopper")
   data.assert_right(made, out, lse)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("query_tokens", [1, 8])  # rows: 8 a warp, or 16
+def test_logits_that_grow(query_tokens):
+  """The maximum rises by more than its slack, from one tile to the next."""
+  p, length = 16, 700
+  made = data.problem(
+    62, lengths=(length,), query_lengths=(query_tokens,),
+    max_query_length=query_tokens, N=8, K=1, H=64, p=p, dtype=jnp.bfloat16,
+  )
+  positions = np.arange(length)
+  pages = np.asarray(made.page_table)[0, positions // p]
+  k = np.array(made.k_pages.astype(jnp.float32))
+  k[pages, :, positions % p] *= (7 * positions / length)[:, None, None]
+  made = made.replace(k_pages=jnp.asarray(k, jnp.bfloat16))
+  data.assert_right(made, *data.call(made, "hopper"))
 
 
 @needs_interpreter

@@ -7,6 +7,7 @@ where one will do.
 _DECODE = "tests/ops/test_hopper.py::test_kernels[{}]"
 _PLAN = "tests/ops/test_hopper_plan.py::test_shares_cover_every_page_once"
 _PARTS = "tests/ops/test_hopper.py::test_segments_of_many_parts[16-lengths0]"
+_GROW = "tests/ops/test_hopper.py::test_logits_that_grow[1]"
 _INVARIANT = "tests/ops/test_hopper.py::test_batch_invariance[None]"
 _STATE = "tests/ops/test_hopper_state.py::{}"
 _SUITE = "tests/conformance/test_hopper.py::{}"
@@ -37,8 +38,8 @@ MUTANTS = {
   ),
   "keys of the bundle's other heads seen": (
     "hopper_softmax.py",
-    "seen &= theirs == backend.across(",
-    "seen &= theirs >= 0 * backend.across(",
+    "return theirs == backend.across(",
+    "return theirs >= 0 * backend.across(",
     _DECODE.format("bundles of tiny pages"),
   ),
   "tokens see later ones": (
@@ -65,11 +66,35 @@ MUTANTS = {
     "end = jnp.where(own >= -99999, c.tile, 0)",
     _DECODE.format("more queries than keys"),
   ),
-  "tiles where a row sees nothing": (
+  "tiles that some token does not see all of": (
     "hopper_softmax.py",
-    "m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)",
-    "m_safe = m_new",
+    "some = position + c.tokens > first + 1",
+    "some = position + c.tokens > first + 99999",
+    _DECODE.format("rows off groups of 8"),
+  ),
+  "tiles that some token's window does not hold all of": (
+    "hopper_softmax.py",
+    "some |= position + inputs.window < sequence[hopper_plan.HIGH]",
+    "some |= position + inputs.window < -99999",
+    _DECODE.format("a window from a tile's first position on"),
+  ),
+  "tiles where a row sees nothing": (
+    "hopper_scores.py",
+    "shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)",
+    "shift = m_new",
     _DECODE.format("more queries than keys"),
+  ),
+  "earlier weights keep their scale": (
+    "hopper_softmax.py",
+    "l = l * backend.across(scores.alpha, hopper_scores.PARTS)",
+    "l = l + 0",
+    _GROW,
+  ),
+  "earlier results keep their scale": (
+    "hopper_softmax.py",
+    "acc = backend.rescale(acc, scores.alpha, self.interpret)",
+    "acc = acc + 0",
+    _GROW,
   ),
   # Decode: dead V, results.
   "dead V not zeroed": (
@@ -183,8 +208,8 @@ MUTANTS = {
   ),
   "parts: another head's sink": (
     "hopper_merge.py",
-    "self._numbers(self.sinks, (), number)",
-    "self._numbers(self.sinks, (), head)",
+    "self._numbers(self.sinks, (), number, rows)",
+    "self._numbers(self.sinks, (), head, rows)",
     _DECODE.format("split segments"),
   ),
   "parts: query rows not where they were copied to": (
@@ -368,8 +393,8 @@ MUTANTS = {
   ),
   "prefill: earlier weights keep their scale": (
     "hopper_prefill_compute.py",
-    "l = l * backend.across(scores.alpha, softmax.PARTS) + softmax.sums(p)",
-    "l = l + softmax.sums(p)",
+    "l = l * backend.across(scores.alpha, hopper_scores.PARTS)",
+    "l = l + 0",
     _PREFILL.format("test_logits_that_grow"),
   ),
   "prefill: earlier values keep their scale": (
@@ -380,8 +405,8 @@ MUTANTS = {
   ),
   "prefill: weights of late columns not summed": (
     "hopper_prefill_compute.py",
-    "l += softmax.sums(p)",
-    "l += 0 * softmax.sums(p)",
+    "(early, width)\n      l += hopper_scores.sums(p)",
+    "(early, width)\n      l += 0 * hopper_scores.sums(p)",
     _PREFILL.format("test_logits_that_grow"),
   ),
   "prefill: late columns weighted as the first ones": (

@@ -30,7 +30,7 @@ from paged_jax.ops.backend.launch import (
   wait_for_previous_kernel,
   wait_if,
 )
-from paged_jax.ops.backend.layouts import blocked, tiled
+from paged_jax.ops.backend.layouts import blocked, in_registers, tiled
 from paged_jax.ops.backend.products import (
   compute_now,
   finish_matmul_add,
@@ -43,9 +43,11 @@ from paged_jax.ops.backend.rows import (
   across,
   load_blocks,
   mask_columns,
+  packed,
   row_numbers,
   store_block,
   store_rows,
+  unpacked,
   zero_dead_rows,
 )
 from paged_jax.ops.backend.signals import flags, raise_flag, take_flags
@@ -71,12 +73,12 @@ from paged_jax.ops.backend.triton import (
 __all__ = [
   "across", "blocked", "compute_capability", "compute_now", "copy_if",
   "counter", "dot", "draw", "each_warp", "exp2", "finish_matmul_add", "flags",
-  "full_numbers", "full_strided", "hidden", "load", "load_blocks",
-  "load_numbers", "mask_columns", "matmul", "matmul_add", "meet", "mosaic",
-  "mosaic_call", "prefetch_if", "raise_flag", "rescale", "row_numbers",
-  "set_max_registers", "split_barriers", "start_matmul_add",
+  "full_numbers", "full_strided", "hidden", "in_registers", "load",
+  "load_blocks", "load_numbers", "mask_columns", "matmul", "matmul_add", "meet",
+  "mosaic", "mosaic_call", "packed", "prefetch_if", "raise_flag", "rescale",
+  "row_numbers", "set_max_registers", "split_barriers", "start_matmul_add",
   "start_next_kernel", "store", "store_block", "store_numbers", "store_rows",
   "store_span", "strided", "strided_numbers", "take_flags", "tiled",
-  "triton_call", "wait_for_previous_kernel", "wait_if", "widen",
+  "triton_call", "unpacked", "wait_for_previous_kernel", "wait_if", "widen",
   "zero_dead_rows",
 ]

@@ -3,6 +3,7 @@
 from typing import Any
 
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as mosaic
 import jax.numpy as jnp
 
@@ -13,6 +14,27 @@ def tiled(columns: int, dtype: Any) -> tuple[Any, ...]:
   swizzle = next(s for s in (128, 64, 32) if row_bytes % s == 0)
   tile = (8, swizzle // jnp.dtype(dtype).itemsize)
   return (mosaic.TilingTransform(tile), mosaic.SwizzleTransform(swizzle))
+
+
+def in_registers(rows: int) -> Any:
+  """Layout of a product's rows, [rows, n], in a warpgroup's registers.
+
+  64: that of WGMMA's results, of which a warp has 16 rows, and a thread parts
+  of two, 8 apart. 32: the first 8 of each 16 only, half the registers:
+
+      row of 32    0 .. 7    8 .. 15    16 .. 23    24 .. 31
+      row of 64    0 .. 7   16 .. 23    32 .. 39    48 .. 55
+      warp            0         1           2           3
+  """
+  if rows == 64:
+    return mosaic.Layout.WGMMA
+  assert rows == 32, rows
+  return mosaic.Layout.TILED(
+    fragmented_array.Tiling(((32, 8), (8, 8), (2,))),
+    warp_dims=(-5,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+  )
 
 
 def blocked(columns: int, dtype: Any) -> tuple[int, int, tuple[Any, ...]]:

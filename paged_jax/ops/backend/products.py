@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import llvm, nvvm
 import numpy as np
 
-from paged_jax.ops.backend import layouts
+from paged_jax.ops.backend import layouts, rows
 
 
 def matmul(
@@ -148,14 +148,19 @@ def _wait(product):
 
 
 def rescale(acc: Any, factors: Any, interpret: bool) -> Any:
-  """Returns acc [64, n] times factors [64]; warps skip it where all are 1."""
-  across = lax.broadcast_in_dim(factors, acc.shape, [0])
+  """Returns acc [64, n] times factors; warps skip it where all are 1.
+
+  factors: [64]; or [32], of rows 0 .. 7 of every 16, and others stay.
+  """
+  across = rows.across(factors, acc.shape[1])
   if interpret:
+    if factors.shape[0] == 32:
+      across = rows.unpacked(across, interpret)
     return acc * across
   layout = mosaic.Layout.WGMMA
 
   @mosaic.inline_mgpu(
-    arg_types=(layout, layout),
+    arg_types=(layout, layouts.in_registers(factors.shape[0])),
     return_type=mosaic.ShapeDtypeStruct(acc.shape, acc.dtype, layout=layout),
   )
   def multiply(ctx, acc, factors):
@@ -166,14 +171,19 @@ def rescale(acc: Any, factors: Any, interpret: bool) -> Any:
       one = arith.constant(factor.type, 1.0)
       changes = arith.cmpf(arith.CmpFPredicate.UNE, factor, one)
       some = changes if some is None else arith.ori(some, changes)
-    types = [x.type for x in acc.registers.flat]
+    step = acc.registers.size // factors.registers.size
+    old = list(acc.registers.flat)
+    changed = old[::step]
+    types = [x.type for x in changed]
     branch = scf.IfOp(_any_lane(some), types, has_else=True)
     with ir.InsertionPoint(branch.then_block):
-      product = acc * factors
-      scf.yield_(list(product.registers.flat))
+      scf.yield_([
+        arith.mulf(x, y) for x, y in zip(changed, factors.registers.flat)
+      ])
     with ir.InsertionPoint(branch.else_block):
-      scf.yield_(list(acc.registers.flat))
-    registers = np.array(list(branch.results), dtype=object)
+      scf.yield_(changed)
+    old[::step] = list(branch.results)
+    registers = np.array(old, dtype=object)
     return mgpu.FragmentedArray(
       _registers=registers.reshape(acc.registers.shape),
       _layout=acc.layout,

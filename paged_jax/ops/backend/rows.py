@@ -18,8 +18,64 @@ from paged_jax.ops.backend import launch, layouts
 
 
 def across(x: Any, columns: int) -> Any:
-  """Returns one number a row, [64], in all of its columns, [64, columns]."""
-  return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+  """Returns one number a row, [rows], in all of its columns."""
+  (rows,) = x.shape
+  x = lax.broadcast_in_dim(x, (rows, columns), [0])
+  if rows == 32:  # Pallas finds the layout of 64 only
+    x = mosaic.layout_cast(x, layouts.in_registers(rows))
+  return x
+
+
+def packed(x: Any, interpret: bool) -> Any:
+  """Returns rows 0 .. 7 of every 16 of a product [64, n]: [32, n]."""
+  shape = 32, x.shape[1]
+  if interpret:
+    return x.reshape(4, 2, 8, -1)[:, 0].reshape(shape)
+  layout = layouts.in_registers(32)
+
+  @mosaic.inline_mgpu(
+    arg_types=(mosaic.Layout.WGMMA,),
+    return_type=mosaic.ShapeDtypeStruct(shape, x.dtype, layout=layout),
+  )
+  def pack(ctx, x):
+    del ctx
+    # [1, n / 8, 1, 1, 2 groups of 8 rows, ..]: one register each.
+    registers = x.registers.reshape(-1, 2)[:, 0]
+    layout_ = layout.to_mgpu()
+    return mgpu.FragmentedArray(
+      _registers=registers.reshape(layout_.registers_shape(shape)),
+      _layout=layout_,
+      _is_signed=x.is_signed,
+    )
+
+  return pack(x)
+
+
+def unpacked(x: Any, interpret: bool) -> Any:
+  """Returns [64, n] with x, [32, n], in rows 0 .. 7 of every 16, else 0."""
+  shape = 64, x.shape[1]
+  if interpret:
+    x = x.reshape(4, 1, 8, -1)
+    return jnp.concatenate([x, jnp.zeros_like(x)], axis=1).reshape(shape)
+  layout = mosaic.Layout.WGMMA
+
+  @mosaic.inline_mgpu(
+    arg_types=(layouts.in_registers(32),),
+    return_type=mosaic.ShapeDtypeStruct(shape, x.dtype, layout=layout),
+  )
+  def unpack(ctx, x):
+    del ctx
+    layout_ = layout.to_mgpu()
+    registers = np.empty((x.registers.size, 2), dtype=object)
+    registers[:, 0] = x.registers.flat
+    registers[:, 1] = llvm.mlir_zero(x.registers.flat[0].type)
+    return mgpu.FragmentedArray(
+      _registers=registers.reshape(layout_.registers_shape(shape)),
+      _layout=layout_,
+      _is_signed=x.is_signed,
+    )
+
+  return unpack(x)
 
 
 def load_blocks(ref: Any, wanted: Any, interpret: bool) -> Any:
@@ -98,13 +154,13 @@ def row_numbers(interpret: bool) -> Any:
 def store_rows(
   ref: Any, value: Any, rows: Any, columns: Any, interpret: bool
 ) -> None:
-  """Stores rows of a WGMMA result into global memory, each to its own place.
+  """Stores rows of a product into global memory, each to its own place.
 
   Args:
     ref: [R, C] in global memory.
-    value: [64, n] in WGMMA's layout, or one number a row, [64].
-    rows: int32 [64], target row; below 0: not stored.
-    columns: int32 [64], target of the first column.
+    value: [rows, n] of a product, 64 or 32 of them, or one number a row.
+    rows: int32 [rows], target row; below 0: not stored.
+    columns: int32 [rows], target of the first column.
   """
   if interpret:
     width = value.shape[1:]
@@ -123,11 +179,9 @@ def store_rows(
 
     lax.fori_loop(0, value.shape[0], one, 0)
     return
-  layout = mosaic.Layout.WGMMA
+  layout = layouts.in_registers(value.shape[0])
   if value.ndim == 2:
-    rows, columns = (
-      lax.broadcast_in_dim(x, value.shape, [0]) for x in (rows, columns)
-    )
+    rows, columns = (across(x, value.shape[1]) for x in (rows, columns))
   else:
     layout = layout.reduce(1)
   indices = [mosaic.layout_cast(x, layout) for x in (rows, columns)]

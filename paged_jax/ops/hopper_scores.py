@@ -1,0 +1,57 @@
+"""Weights of logits relative to a maximum with slack, and their sums in parts.
+
+    weights = 2^(s - m)
+
+where m follows the largest s so far with some slack, so that a weight may reach
+2^8: where m stays, what was added up before is left alone. A row's m depends on
+no other row. The sum is kept in 8 parts, so that the 4 threads of a row, 2
+columns each, do not meet for it.
+"""
+
+import dataclasses
+import functools
+import operator
+from typing import Any
+
+import jax.numpy as jnp
+
+from paged_jax.ops import backend
+
+PARTS = 8  # of a row's denominator: 4 threads, 2 columns each
+_SLACK = 8.0  # see above; 2^8 is far from what float16 overflows at
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+  """Base-2 logits of a unit, float32 [rows, width], when times `factor`."""
+
+  logits: Any
+  factor: float
+  m: Any  # what weights are relative to, [rows], -inf before something is seen
+  shift: Any  # m, or 0 where nothing was seen
+  alpha: Any  # factor of the weights of units before
+
+  def weights(self, first: int, last: int) -> Any:
+    """Returns those of columns first .. last - 1."""
+    logits = self.logits[:, first:last] * self.factor
+    return jnp.exp2(logits - backend.across(self.shift, last - first))
+
+
+def score(logits, factor, m, masked):
+  """Returns the scores of a unit; `masked`: whether some may be -inf."""
+  most = logits.max(axis=1) * factor
+  m_new = shift = jnp.where(most > m + _SLACK, most, m)
+  if masked:
+    shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
+  alpha = jnp.exp2(m - shift)
+  return Scores(
+    logits=logits, factor=factor, m=m_new, shift=shift, alpha=alpha
+  )
+
+
+def sums(p):
+  """Sums of each row's columns, [rows, PARTS]."""
+  return functools.reduce(  # sum() would begin by adding to 0
+    operator.add,
+    [p[:, i : i + PARTS] for i in range(0, p.shape[1], PARTS)],
+  )
