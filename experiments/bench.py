@@ -18,9 +18,10 @@ timed in turn, so that a busy moment hits all alike:
 
 "hopper+batch_invariant" is hopper with a plan made with batch_invariant=True;
 shared_prefix and memory_order go too. Others: dense and cudnn
-(jax.nn.dot_product_attention on a contiguous cache), jax_pallas (JAX's
-deprecated paged kernel), fa3 (FlashAttention-3, where the optional package
-flash-attn3-jax is installed; what it is given: experiments/common/peers.py).
+(jax.nn.dot_product_attention on a contiguous cache), cudnn_paged (cuDNN's own
+paging, private to JAX), jax_pallas (JAX's deprecated paged kernel), fa3
+(FlashAttention-3, where the optional package flash-attn3-jax is installed);
+what each is given: experiments/common/peers.py.
 Write shapes time `write_kv`. Exit code 1 if one of ours is wrong.
 
 A layer of some 10 us is launched more slowly than it runs, and its model time
@@ -48,8 +49,8 @@ _SHAPE = flags.DEFINE_list(
 _IMPLEMENTATIONS = flags.DEFINE_list(
   "implementations", None,
   "Of ours (reference, xla, triton, hopper) and others (dense, cudnn, "
-  "jax_pallas, fa3). Default: on a GPU hopper, triton, jax_pallas and cudnn "
-  "(write: triton, xla); else xla, dense.",
+  "cudnn_paged, jax_pallas, fa3). Default: on a GPU hopper, triton, jax_pallas "
+  "and cudnn (write: triton, xla); else xla, dense.",
 )
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Samples, at least.", 2)
 _SECONDS = flags.DEFINE_float("seconds", 0.5, "Sampling time of each.", 0.0)

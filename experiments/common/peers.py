@@ -2,6 +2,9 @@
 
     dense       jax.nn.dot_product_attention, XLA, a contiguous cache per row
     cudnn       the same through cuDNN (NVIDIA GPU, half precision)
+    cudnn_paged cuDNN's paged attention, which JAX has but does not offer (a
+                private function), decode only. It wants a pool of exactly B * M
+                pages, [B * M, K, p, H] a layer: none free, none shared
     jax_pallas  jax.experimental.pallas.ops.gpu.paged_attention, deprecated,
                 decode only
     fa3         FlashAttention-3 of the optional package flash-attn3-jax (0.2.3;
@@ -25,7 +28,7 @@ import numpy as np
 from experiments.common import problem as problem_lib
 from experiments.common import programs, shapes
 
-NAMES = ("dense", "cudnn", "jax_pallas", "fa3")
+NAMES = ("dense", "cudnn", "cudnn_paged", "jax_pallas", "fa3")
 _SPLITS = 16  # of jax_pallas: table widths must divide evenly
 _FA3_HEAD_DIM = 128  # the only one that the wheels of flash-attn3-jax hold
 
@@ -50,6 +53,8 @@ def state(
     return dict(
       layers=pools, table=jnp.asarray(table), lengths=problem.lengths
     )
+  if name == "cudnn_paged":
+    return _full_pools(problem, layers)
   if name == "fa3":
     return _fa3_state(problem, source, layers)
   caches = [
@@ -66,7 +71,8 @@ def prepare(
   name: str, shape: shapes.Shape
 ) -> Callable[[Any], programs.Attend]:
   """Returns state -> attend, as `programs.chain` wants it."""
-  make = dict(jax_pallas=_jax_pallas, fa3=_fa3).get(name, _dense)
+  makers = dict(jax_pallas=_jax_pallas, fa3=_fa3, cudnn_paged=_cudnn_paged)
+  make = makers.get(name, _dense)
 
   def prepared(state):
     return make(name, shape, state)
@@ -119,6 +125,47 @@ def _jax_pallas(name, shape, state):
       k_splits=_SPLITS,
       attn_logits_soft_cap=shape.soft_cap,
     )
+
+  return attend
+
+
+def _full_pools(problem, layers):
+  """Every row has M pages of its own, anywhere; the last ones may be zeros."""
+  old = np.asarray(problem.page_table)
+  new = np.random.default_rng(0).permutation(old.size).reshape(old.shape)
+  used = old < problem.k_pages.shape[1]
+  to, source = jnp.asarray(new[used]), jnp.asarray(old[used])
+
+  def moved(pool):
+    pages = jnp.zeros((old.size, *pool.shape[1:]), pool.dtype)
+    return jnp.nan_to_num(pages.at[to].set(pool[source]), nan=0.0)
+
+  return dict(
+    layers=[
+      (moved(problem.k_pages[i]), moved(problem.v_pages[i]))
+      for i in range(layers)
+    ],
+    table=jnp.asarray(new[:, None, :, None], jnp.int32),
+    lengths=problem.lengths,
+  )
+
+
+def _cudnn_paged(name, shape, state):
+  del name
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  ones = jnp.ones_like(state["lengths"])
+
+  def attend(query, layer):
+    k, v = state["layers"][layer]
+    out = cudnn.paged_attention(
+      query[:, :, None], k, v, ones, state["lengths"],
+      state["table"], state["table"],
+      scale=shape.head_dim**-0.5,
+      mask_type=cudnn.MaskType.PADDING,
+      qkv_layout="BNTH",
+    )
+    return out[:, :, 0]
 
   return attend
 
@@ -209,17 +256,18 @@ def _fa3_package():
 
 
 def _check(name, shape):
-  fa3 = name == "fa3"
+  fa3, half = name == "fa3", ("cudnn", "cudnn_paged", "fa3")
   chunk = not shape.decode and shape.query_tokens != 0
   reasons = {
     "sinks": shape.sinks,
     "a window": shape.window is not None and not fa3,
+    "shared pages": shape.shared_prefix > 0 and name == "cudnn_paged",
     "a soft cap": shape.soft_cap is not None and name != "jax_pallas",
-    "prefill": not shape.decode and name == "jax_pallas",
+    "prefill": not shape.decode and name in ("jax_pallas", "cudnn_paged"),
     "part of a prompt": chunk and not fa3,
     "rows that differ in new tokens": bool(shape.runs) and not fa3,
     f"H {shape.head_dim}": fa3 and shape.head_dim != _FA3_HEAD_DIM,
-    "float32": shape.dtype == "float32" and name in ("cudnn", "fa3"),
+    "float32": shape.dtype == "float32" and name in half,
     "a CPU": jax.default_backend() == "cpu" and name != "dense",
   }
   for what, refused in reasons.items():

@@ -15,7 +15,8 @@ fetches, one computes, or two that share the query rows when those are many:
 A tile is `tile` rows of keys in shared memory: some pages, each [kb * p, H],
 the p tokens of kb neighbouring heads (one TMA copy, as they lie together in the
 pool). A query tile is 64 rows: for each query token the kb * G heads that read
-this bundle, and those around them that complete groups of 8 rows. With kb > 1
+this bundle, and those around them that complete groups of 8 rows; where 32 rows
+are enough, groups of 8 lie 16 rows apart (hopper_softmax.py). With kb > 1
 logits of a row and another head's column are masked; the rows would be padding
 otherwise, so this is free. What the rows around a token's own compute is never
 read, and rows are independent, so garbage in them stays there.

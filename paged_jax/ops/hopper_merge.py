@@ -49,6 +49,13 @@ class Split(NamedTuple):
   others: Any  # parts that others hand over
 
 
+class _Batch(NamedTuple):
+  """What is added up at a time, as much as registers hold."""
+
+  rows: int
+  parts: int
+
+
 def memory(
   inputs: Inputs, work: hopper_plan.Work
 ) -> list[jax.ShapeDtypeStruct]:
@@ -195,13 +202,13 @@ class Parts:
     return backend.widen(x, acc.shape[0], self.interpret)
 
   @property
-  def _few(self) -> "_Batch":
+  def _few(self) -> _Batch:
     """What suits few parts: all rows at once, or nearly."""
     rows = 16 if self.inputs.head_dim <= 128 else 8
     return _Batch(min(rows, self.config.rows), 4 // self.config.consumers)
 
   @property
-  def _many(self) -> "_Batch":
+  def _many(self) -> _Batch:
     """What suits many: 16 to 32 bytes of acc a thread."""
     rows = 4 if self.inputs.head_dim >= 128 else 8
     parts = 16 if rows * self.inputs.head_dim <= 512 else 8
@@ -210,13 +217,6 @@ class Parts:
   def _flag(self, wg, part):
     *_, flags = self.memory
     return wg * (flags.shape[0] // self.config.consumers) + part
-
-
-class _Batch(NamedTuple):
-  """What is added up at a time, as much as registers hold."""
-
-  rows: int
-  parts: int
 
 
 def _divmod(x, y):

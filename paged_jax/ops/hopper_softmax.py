@@ -3,13 +3,16 @@
 For each tile of a segment, in units of log2:
 
     s = q k^T * scale         masked to -inf where a row does not see a column
-    m' = max(m, max s)        p = 2^(s - m'),  a = 2^(m - m')
+    m' = max s if m + slack is less, or m
+    p = 2^(s - m')            a = 2^(m - m')
     l' = a l + sum p          acc' = a acc + p v
 
-s and acc live in registers in the layout of WGMMA's results: 64 rows, 16 a
-warp. The result, acc / l and m + log2 l, is written from there; a sink joins l
-before. What is not all of a segment goes to memory as it is, or is waited for
-there (hopper_merge.py).
+(hopper_scores.py). s and acc live in registers in the layout of WGMMA's
+results: 64 rows, 16 a warp. Where there are 32 query rows or fewer, they are
+spread over the warps, 8 each, and of s only these are looked at, half of the
+registers. The result, acc / l and m + log2 l, is written from there; a sink
+joins l before. What is not all of a segment goes to memory as it is, or is
+waited for there (hopper_merge.py).
 """
 
 import dataclasses

@@ -9,9 +9,10 @@ warpgroup:
                           query [T * N, H], since copies start at such a group
     rows of a row block = block_tokens * token_rows <= 64 * consumers
 
-Bundles cost nothing while the rows fit (the tile has 64 rows whatever is in
-them) and save copies, page ids and segments; but every split of a bundle writes
-all its rows, so a small batch, which is split often, prefers small bundles.
+Bundles cost little while the rows fit (a tile has 64 rows whatever is in them,
+and computes with 32 of these or all) and save copies, page ids and segments;
+but every split of a bundle writes all its rows, so a small batch, which is
+split often, prefers small bundles.
 """
 
 from collections.abc import Mapping

@@ -5,6 +5,7 @@ import sys
 import types
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo as fused
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -96,6 +97,46 @@ def test_fa3_is_handed_the_right_problem(changes, paged, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("distribution", ["const", "ragged"])
+def test_cudnn_paged_is_handed_the_right_problem(distribution, monkeypatch):
+  shape = dataclasses.replace(
+    _SHAPE, phase="decode", query_tokens=1, distribution=distribution
+  )
+
+  def paged_attention(query, key, value, q_seqlen, kv_seqlen, page_table_k,
+                      page_table_v, *, scale, mask_type, qkv_layout):
+    """What its docstring says, with a check of JAX's own."""
+    fused.check_layout(
+      query, key, value, None, q_seqlen, kv_seqlen, None, None, page_table_k,
+      page_table_v, fused._normalize_layout(qkv_layout),
+    )
+    assert mask_type == fused.MaskType.PADDING and (q_seqlen == 1).all()
+    assert scale == shape.head_dim**-0.5
+    rows = []
+    for b, n in enumerate(shape.lengths):
+      k, v = (
+        x[table[b, 0, :, 0]].swapaxes(1, 2).reshape(-1, *x.shape[1::2])
+        for x, table in ((key, page_table_k), (value, page_table_v))
+      )
+      rows.append(_dense(query[b].swapaxes(0, 1), k[:n], v[:n], (-1, -1)))
+    return jnp.stack(rows).swapaxes(1, 2)
+
+  monkeypatch.setattr(fused, "paged_attention", paged_attention)
+  problem = problem_lib.build(
+    shape, layers=2, source=problem_lib.RandomSource(0)
+  )
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, "default_backend", lambda: "gpu")
+    state = peers.state("cudnn_paged", problem, None, 2)
+  attend = peers.prepare("cudnn_paged", shape)(state)
+  right = programs.ours(shape, "reference")(problem.state)
+  for layer in range(2):
+    got, want = attend(problem.query, layer), right(problem.query, layer)
+    np.testing.assert_allclose(
+      got.astype(jnp.float32), want.astype(jnp.float32), atol=2e-2
+    )
+
+
 @pytest.mark.parametrize(
   "name, changes, reason",
   [
@@ -105,6 +146,8 @@ def test_fa3_is_handed_the_right_problem(changes, paged, monkeypatch):
     ("fa3", dict(dtype="float32"), "float32"),
     ("fa3", dict(), "needs the package flash-attn3-jax"),
     ("cudnn", dict(), "part of a prompt"),
+    ("cudnn_paged", dict(), "prefill"),
+    ("cudnn_paged", dict(shared_prefix=8), "shared pages"),
     ("dense", dict(query_tokens=0, window=6), "a window"),
     ("jax_pallas", dict(), "prefill"),
   ],
