@@ -8,10 +8,11 @@ of a tile, a copy each in turn, for a copy costs a warp some hundred cycles:
 
 (where a tile has fewer, the last warps have nothing to do). A warp waits until
 a slot is free, then copies its live pages there, K first. Page ids are read two
-tiles ahead, so that their latency hides behind the waits; the first ones while
-an earlier kernel still runs. Before all else it asks L2 for the first tile, or
-a sixteenth of the share: memory is idle when a kernel begins. Each slot has a
-barrier that counts copies (and their bytes) and one that counts readers done.
+tiles ahead (one, where a stretch begins), so that their latency hides behind
+the waits; the first ones while an earlier kernel still runs. Before all else it
+asks L2 for the first tile, or a sixteenth of the share: memory is idle when a
+kernel begins. Each slot has a barrier that counts copies (and their bytes) and
+one that counts readers done.
 """
 
 from collections.abc import Callable

@@ -203,13 +203,13 @@ class Parts:
 
   @property
   def _few(self) -> _Batch:
-    """What suits few parts: all rows at once, or nearly."""
+    """What suits few parts: many rows."""
     rows = 16 if self.inputs.head_dim <= 128 else 8
     return _Batch(min(rows, self.config.rows), 4 // self.config.consumers)
 
   @property
   def _many(self) -> _Batch:
-    """What suits many: 16 to 32 bytes of acc a thread."""
+    """What suits many: few rows, 16 to 32 bytes of acc a thread."""
     rows = 4 if self.inputs.head_dim >= 128 else 8
     parts = 16 if rows * self.inputs.head_dim <= 512 else 8
     return _Batch(rows, parts // self.config.consumers)

@@ -13,9 +13,9 @@ so a turn is p v of one unit and q k^T of the next (where an item begins or
 ends, one of the two), while another warpgroup has softmax to do. s and acc live
 in registers in the layout of WGMMA's results, 64 rows, 16 a warp.
 
-The arithmetic is in hopper_prefill_softmax.py. Where softmax is long beside a
-turn (heads of 64), p v begins with the first columns and the weights of the
-last ones (`late`) are computed meanwhile.
+The arithmetic is in hopper_scores.py and hopper_prefill_softmax.py. Where
+softmax is long beside a turn (heads of 64), p v begins with the first columns
+and the weights of the last ones (`late`) are computed meanwhile.
 
 A warpgroup without rows in an item keeps step.
 """
@@ -38,6 +38,8 @@ from paged_jax.ops import (
 from paged_jax.ops import hopper_prefill_plan as plan
 from paged_jax.ops import hopper_prefill_softmax as softmax
 from paged_jax.ops.backend import mosaic
+
+_SLACK = 8.0  # weights reach 2^8, far from what float16 overflows at
 
 
 class _Buffers(NamedTuple):
@@ -191,7 +193,7 @@ class _Walk:
       within = pl.multiple_of(lax.rem(unit.position, jnp.int32(c.tile)), width)
       k, v = k.at[pl.ds(within, width)], v.at[pl.ds(within, width)]
     logits, to_log2, tile = self._logits(query, k, unit, masked)
-    scores = hopper_scores.score(logits, to_log2, m, masked)
+    scores = hopper_scores.score(logits, to_log2, m, masked, slack=_SLACK)
     early = width - min(c.late, width - 64)  # a product takes 64 or more
     p = scores.weights(0, early)
     l = l * backend.across(scores.alpha, hopper_scores.PARTS)

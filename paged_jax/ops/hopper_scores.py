@@ -1,11 +1,15 @@
-"""Weights of logits relative to a maximum with slack, and their sums in parts.
+"""Weights of logits relative to a maximum, and their sums in parts.
 
     weights = 2^(s - m)
 
-where m follows the largest s so far with some slack, so that a weight may reach
-2^8: where m stays, what was added up before is left alone. A row's m depends on
-no other row. The sum is kept in 8 parts, so that the 4 threads of a row, 2
-columns each, do not meet for it.
+where m follows the largest s so far, or with some slack: where it stays, what
+was added up before is left alone. A row's m depends on no other row. The sum is
+kept in 8 parts, so that the 4 threads of a row, 2 columns each, do not meet for
+it.
+
+Without slack the largest weight is 1, which is exact in half precision, so that
+a key that outweighs all others gives its own value. With slack it is rounded,
+and is 2^-9 of it off.
 """
 
 import dataclasses
@@ -18,7 +22,6 @@ import jax.numpy as jnp
 from paged_jax.ops import backend
 
 PARTS = 8  # of a row's denominator: 4 threads, 2 columns each
-_SLACK = 8.0  # see above; 2^8 is far from what float16 overflows at
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,10 +40,13 @@ class Scores:
     return jnp.exp2(logits - backend.across(self.shift, last - first))
 
 
-def score(logits, factor, m, masked):
+def score(logits: Any, factor: float, m: Any, masked: bool, slack: float = 0.0):
   """Returns the scores of a unit; `masked`: whether some may be -inf."""
   most = logits.max(axis=1) * factor
-  m_new = shift = jnp.where(most > m + _SLACK, most, m)
+  if slack:
+    m_new = shift = jnp.where(most > m + slack, most, m)
+  else:
+    m_new = shift = jnp.maximum(most, m)
   if masked:
     shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
   alpha = jnp.exp2(m - shift)

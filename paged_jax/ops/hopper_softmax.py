@@ -3,8 +3,7 @@
 For each tile of a segment, in units of log2:
 
     s = q k^T * scale         masked to -inf where a row does not see a column
-    m' = max s if m + slack is less, or m
-    p = 2^(s - m')            a = 2^(m - m')
+    m' = max(m, max s)        p = 2^(s - m'),  a = 2^(m - m')
     l' = a l + sum p          acc' = a acc + p v
 
 (hopper_scores.py). s and acc live in registers in the layout of WGMMA's

@@ -3,7 +3,7 @@
     acc = sum_j 2^(s_j - m) v_j        l = sum_j 2^(s_j - m)
 
 for each query row, over keys j that were seen; s_j: logits in units of log2; m:
-near the largest of them. A settled state has a whole number as m. States of
+at first the largest of them. A settled state has a whole number as m. States of
 different keys are added at a common m, and where they are settled scaling them
 to it is exact, for it multiplies by powers of two. So the sum of many, in a
 given order, has the same bits however many of them are added at a time, and
@@ -38,7 +38,7 @@ def across(x: Any, acc: Any) -> Any:
 
 
 def settle(state: State) -> State:
-  """Returns the state at the whole number next to its m."""
+  """Returns the state at the whole number next to its maximum."""
   m = jnp.where(state.m == -jnp.inf, 0.0, state.m)
   whole = lax.round(m, lax.RoundingMethod.TO_NEAREST_EVEN)
   state = _scale(state, jnp.exp2(m - whole), across)

@@ -240,7 +240,7 @@ def test_long_layers_get_short_programs_that_visit_all_of_the_pool():
     _effort(), steps=8, most_layers=8, cold_bytes=10**9
   )
   assert effort.of(10.0) == effort
-  long = effort.of(3e3)
+  long = effort.of(12e3)
   assert (long.steps, long.layers(shape)) == (2, 2)
   assert not long.takes_first(shape)
   assert (effort.of(500.0).steps, effort.of(500.0, cool=True).steps) == (8, 6)

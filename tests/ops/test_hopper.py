@@ -157,7 +157,7 @@ def test_kernels(name):
 @needs_interpreter
 @pytest.mark.parametrize("query_tokens", [1, 8])  # rows: 8 a warp, or 16
 def test_logits_that_grow(query_tokens):
-  """The maximum rises by more than its slack, from one tile to the next."""
+  """The maximum rises from one tile to the next."""
   p, length = 16, 700
   made = data.problem(
     62, lengths=(length,), query_lengths=(query_tokens,),
@@ -295,6 +295,18 @@ def test_slots_before_a_long_window_are_not_seen():
     v_pages=made.v_pages.at[page, :, :1].set(jnp.inf),
   )
   data.assert_right(made, *data.call(hidden, "hopper"))
+
+
+@needs_interpreter
+def test_a_later_token_in_a_full_tile_is_not_seen(monkeypatch):
+  """The first of three tokens has the last but one of a tile's positions."""
+  monkeypatch.setattr(hopper, "_INTERPRETED_CTAS", 1)
+  made = data.problem(63, lengths=(129,), query_lengths=(3,),
+                      max_query_length=3, N=4, K=2, H=64, p=16,
+                      dtype=jnp.bfloat16)
+  page = int(made.page_table[0, 7])  # positions 112 .. 127; 127 is the second
+  made = made.replace(k_pages=made.k_pages.at[page, :, 15].multiply(20))
+  data.assert_right(made, *data.call(made, "hopper"))
 
 
 @needs_interpreter

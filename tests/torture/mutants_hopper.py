@@ -70,7 +70,7 @@ MUTANTS = {
     "hopper_softmax.py",
     "some = position + c.tokens > first + 1",
     "some = position + c.tokens > first + 99999",
-    _DECODE.format("rows off groups of 8"),
+    "tests/ops/test_hopper.py::test_a_later_token_in_a_full_tile_is_not_seen",
   ),
   "tiles that some token's window does not hold all of": (
     "hopper_softmax.py",
@@ -113,7 +113,7 @@ MUTANTS = {
     "backend/rows.py",
     "at = at // (heads * step) * step + at % step",
     "at = at // heads",
-    _DECODE.format("few heads of 80"),
+    _DECODE.format("rows off groups of 8"),
   ),
   "empty rows are not 0": (
     "hopper_state.py",

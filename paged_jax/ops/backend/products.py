@@ -150,7 +150,7 @@ def _wait(product):
 def rescale(acc: Any, factors: Any, interpret: bool) -> Any:
   """Returns acc [64, n] times factors; warps skip it where all are 1.
 
-  factors: [64]; or [32], of rows 0 .. 7 of every 16, and others stay.
+  factors: [64]; or [32], of rows 0 .. 7 of every 16: others may be anything.
   """
   across = rows.across(factors, acc.shape[1])
   if interpret:

@@ -158,9 +158,9 @@ def store_rows(
 
   Args:
     ref: [R, C] in global memory.
-    value: [rows, n] of a product, 64 or 32 of them, or one number a row.
-    rows: int32 [rows], target row; below 0: not stored.
-    columns: int32 [rows], target of the first column.
+    value: [m, n] of a product, m 64 or 32, or one number a row, [m].
+    rows: int32 [m], target row; below 0: not stored.
+    columns: int32 [m], target of the first column.
   """
   if interpret:
     width = value.shape[1:]
