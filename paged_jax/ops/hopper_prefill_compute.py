@@ -160,7 +160,7 @@ class _Walk:
       mosaic.barrier_wait(self.barriers.k_full.at[first])
       self._take_turn()
 
-    state = softmax.start(self.inputs.head_dim)
+    state = hopper_scores.start(64, self.inputs.head_dim)
     state = self._each_unit(functools.partial(self._unit, query), state)
     following = None if self.config.narrow else self.item.following()
     self._finish(*state)

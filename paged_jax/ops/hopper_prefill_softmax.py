@@ -1,4 +1,4 @@
-"""The state of the Hopper prefill kernel's online softmax.
+"""How the Hopper prefill kernel's online softmax ends: sinks, output, LSE.
 
 A row's state is its accumulator, what its weights are relative to, m, and the
 sum of them in parts (hopper_scores.py).
@@ -10,23 +10,7 @@ import jax.numpy as jnp
 
 from paged_jax.ops import backend
 from paged_jax.ops import hopper_prefill_plan as plan
-from paged_jax.ops.backend import mosaic
-from paged_jax.ops.hopper_scores import PARTS
 from paged_jax.ops.hopper_state import LOG2E
-
-
-def start(head_dim: int) -> tuple[Any, Any, Any]:
-  """The state of rows that have seen nothing: [64, H], [64], [64, PARTS]."""
-
-  def full(shape, value, layout):
-    return mosaic.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-  layout = mosaic.Layout.WGMMA
-  return (
-    full((64, head_dim), 0.0, layout),
-    full((64,), -jnp.inf, layout.reduce(1)),
-    full((64, PARTS), 0.0, layout),
-  )
 
 
 def add_sinks(inputs, c, tile, kv_head, head, sinks_ref, acc, m, l):

@@ -20,6 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from paged_jax.ops import backend
+from paged_jax.ops.backend import mosaic
 
 PARTS = 8  # of a row's denominator: 4 threads, 2 columns each
 
@@ -38,6 +39,23 @@ class Scores:
     """Returns those of columns first .. last - 1."""
     logits = self.logits[:, first:last] * self.factor
     return jnp.exp2(logits - backend.across(self.shift, last - first))
+
+
+def start(rows: int, head_dim: int) -> tuple[Any, Any, Any]:
+  """The state of rows that have seen nothing: [64, H], [rows], [rows, PARTS].
+
+  rows: 64, or 32 that are packed.
+  """
+
+  def full(shape, value, layout):
+    return mosaic.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+  layout = backend.in_registers(rows)
+  return (
+    full((64, head_dim), 0.0, backend.in_registers(64)),
+    full((rows,), -jnp.inf, layout.reduce(1)),
+    full((rows, PARTS), 0.0, layout),
+  )
 
 
 def score(logits: Any, factor: float, m: Any, masked: bool, slack: float = 0.0):

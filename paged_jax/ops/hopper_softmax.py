@@ -82,7 +82,8 @@ class Warpgroup:
     q_slot = lax.rem(at.n, jnp.int32(c.query_slots))
     mosaic.barrier_wait(barriers.q_full.at[q_slot])
     one = functools.partial(self._tile, at, q_slot, low, high)
-    acc, m, l = lax.fori_loop(0, at.tiles, one, self._start_tiles())
+    start = hopper_scores.start(c.warpgroup_rows, self.inputs.head_dim)
+    acc, m, l = lax.fori_loop(0, at.tiles, one, start)
     if c.packed:
       acc = backend.packed(acc, self.interpret)
     state = hopper_state.State(acc, m, l.sum(axis=1))
@@ -138,15 +139,6 @@ class Warpgroup:
       _full((rows,), 0.0),
     )
 
-  def _start_tiles(self):
-    """Likewise, as tiles carry it: [64, H], [rows], [rows, PARTS]."""
-    rows = self.config.warpgroup_rows
-    return hopper_state.State(
-      _full((64, self.inputs.head_dim), 0.0),
-      _full((rows,), -jnp.inf),
-      _full((rows, hopper_scores.PARTS), 0.0),
-    )
-
   def _tile(self, at, q_slot, low, high, i, carry):
     """Online softmax over the stretch's i-th tile."""
     acc, m, l = carry
@@ -188,7 +180,7 @@ class Warpgroup:
     pl.when(dead)(lambda: self._clean(slot, *limits))
     acc = backend.matmul_add(acc, p, v_smem.at[slot], self.interpret)
     mosaic.barrier_arrive(barriers.v_free.at[slot])
-    return hopper_state.State(acc, scores.m, l)
+    return acc, scores.m, l
 
   def _some_unseen(self, sequence, position):
     """Whether some query token does not see all of a live tile."""

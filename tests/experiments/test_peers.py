@@ -68,6 +68,17 @@ def _package(shape):
   )
 
 
+def _check(name, problem, state):
+  """Holds a peer, as it was handed `state`, against the reference."""
+  attend = peers.prepare(name, problem.shape)(state)
+  right = programs.ours(problem.shape, "reference")(problem.state)
+  for layer in range(2):
+    got, want = attend(problem.query, layer), right(problem.query, layer)
+    np.testing.assert_allclose(
+      got.astype(jnp.float32), want.astype(jnp.float32), atol=2e-2
+    )
+
+
 @pytest.mark.parametrize(
   "changes, paged",
   [
@@ -88,13 +99,7 @@ def test_fa3_is_handed_the_right_problem(changes, paged, monkeypatch):
     patch.setattr(jax, "default_backend", lambda: "gpu")
     state = peers.state("fa3", problem, source, 2)
   assert ("table" in state) == paged
-  attend = peers.prepare("fa3", shape)(state)
-  right = programs.ours(shape, "reference")(problem.state)
-  for layer in range(2):
-    got, want = attend(problem.query, layer), right(problem.query, layer)
-    np.testing.assert_allclose(
-      got.astype(jnp.float32), want.astype(jnp.float32), atol=2e-2
-    )
+  _check("fa3", problem, state)
 
 
 @pytest.mark.parametrize("distribution", ["const", "ragged"])
@@ -128,13 +133,7 @@ def test_cudnn_paged_is_handed_the_right_problem(distribution, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(jax, "default_backend", lambda: "gpu")
     state = peers.state("cudnn_paged", problem, None, 2)
-  attend = peers.prepare("cudnn_paged", shape)(state)
-  right = programs.ours(shape, "reference")(problem.state)
-  for layer in range(2):
-    got, want = attend(problem.query, layer), right(problem.query, layer)
-    np.testing.assert_allclose(
-      got.astype(jnp.float32), want.astype(jnp.float32), atol=2e-2
-    )
+  _check("cudnn_paged", problem, state)
 
 
 @pytest.mark.parametrize(
