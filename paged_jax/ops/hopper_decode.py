@@ -44,6 +44,7 @@ from paged_jax.ops import (
   backend,
   hopper_fetch,
   hopper_merge,
+  hopper_pace,
   hopper_plan,
   hopper_softmax,
   hopper_tuning,
@@ -92,6 +93,8 @@ def attend(
   ]
   if c.cut != hopper_tuning.WHOLE:
     out_shape += hopper_merge.memory(inputs, work)
+  if c.paced:
+    out_shape.append(hopper_pace.memory())
   sinks = () if inputs.sinks is None else (inputs.sinks,)
   kernel = backend.mosaic_call(
     functools.partial(_kernel, inputs, c, work.num_ctas, interpret),
@@ -164,12 +167,13 @@ class _Memory(NamedTuple):
   sinks: Any  # or None
   outputs: tuple[Any, Any]  # results, their LSE
   parts: tuple[Any, ...]  # where segments may be split
+  counter: Any  # of tiles, see hopper_pace.py, or None
   buffers: tuple[Any, Any, Any]  # query, K, V
   barriers: tuple[Any, Any, Any, Any]  # see hopper_softmax.Barriers
   split: Any  # what a fetching warp tells the others of its warpgroup
 
 
-def _memory(inputs, refs):
+def _memory(inputs, c, refs):
   query, k, v, shares, sequences, layer, *refs = refs
   num_tables = 2 if inputs.combined else 1
   tables, refs = tuple(refs[:num_tables]), refs[num_tables:]
@@ -177,6 +181,9 @@ def _memory(inputs, refs):
   if inputs.sinks is not None:
     sinks, *refs = refs
   *refs, q_smem, k_smem, v_smem, q_full, full, done, finished, split = refs
+  counter = None
+  if c.paced:
+    *refs, counter = refs
   return _Memory(
     query=query,
     pools=(k, v),
@@ -187,6 +194,7 @@ def _memory(inputs, refs):
     sinks=sinks,
     outputs=tuple(refs[:2]),
     parts=tuple(refs[2:]),
+    counter=counter,
     buffers=(q_smem, k_smem, v_smem),
     barriers=(q_full, full, done, finished),
     split=split,
@@ -195,7 +203,7 @@ def _memory(inputs, refs):
 
 def _share(inputs, c, shares, interpret, refs, share):
   """Dispatches the warpgroups to work on a share."""
-  memory = _memory(inputs, refs)
+  memory = _memory(inputs, c, refs)
   parts = None
   if memory.parts:
     parts = hopper_merge.Parts(
@@ -213,6 +221,12 @@ def _share(inputs, c, shares, interpret, refs, share):
     done, c.query_slots, c.stages, c.stages, 1
   )
   barriers = q_full, q_free, k_full, v_full, k_free, v_free
+  # Simulated, one after another: all go at their own speed.
+  pace = hopper_pace.Pace(
+    config=c,
+    counter=None if interpret else memory.counter,
+    num_ctas=shares,
+  )
   wg = lax.axis_index("wg")
   # The plan and the page table are older than any kernel that may still run:
   # they are read ahead.
@@ -239,6 +253,7 @@ def _share(inputs, c, shares, interpret, refs, share):
       memory.buffers,
       barriers,
       found,
+      pace,
     )
     return hopper_merge.Split(
       *(memory.split[i] for i in range(len(hopper_merge.Split._fields)))
@@ -290,7 +305,7 @@ def _walk(c, sequences_ref, start, share, begin, body, ahead=True):
   which costs registers; without, `next_begin` of a stretch is not set.
 
   Returns:
-    The numbers of tiles and of stretches, and `split` of the last one.
+    The numbers of tiles and of stretches, `split` of the last one, the carry.
   """
   equal = c.cut == hopper_tuning.EQUAL
 
@@ -380,5 +395,5 @@ def _walk(c, sequences_ref, start, share, begin, body, ahead=True):
   split = hopper_merge.Split(*[zero] * len(hopper_merge.Split._fields))
   carry = (size, b, segment, item, zero, zero, tuple(sequence), split, carry)
   carry = lax.while_loop(lambda carry: carry[0] > 0, one, carry)
-  *_, done, n, _, split, _ = carry
-  return done, n, split
+  *_, done, n, _, split, last = carry
+  return done, n, split, last

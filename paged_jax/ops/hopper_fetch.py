@@ -1,13 +1,14 @@
 """The fetching warpgroup of the Hopper decode kernel.
 
-It runs ahead of the computing ones by `stages` tiles. Its warps share the pages
-of a tile, a copy each in turn, for a copy costs a warp some hundred cycles:
+It runs ahead of the computing ones, by as many tiles as hopper_pace.py allows.
+Its warps share the pages of a tile, a copy each in turn, for a copy costs a
+warp some hundred cycles:
 
     a tile of 8 pages    | 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 |
     warps                  0   1   2   3   0   1   2   3
 
 (where a tile has fewer, the last warps have nothing to do). A warp waits until
-a slot is free, then copies its live pages there, K first. Page ids are read two
+it may go on, then copies its live pages there, K first. Page ids are read two
 tiles ahead (one, where a stretch begins), so that their latency hides behind
 the waits; the first ones while an earlier kernel still runs. Before all else it
 asks L2 for the first tile, or a sixteenth of the share: memory is idle when a
@@ -24,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from paged_jax.ops import backend, hopper_plan, hopper_tuning
+from paged_jax.ops import backend, hopper_pace, hopper_plan, hopper_tuning
 from paged_jax.ops.backend import mosaic
 from paged_jax.ops.inputs import Inputs
 
@@ -40,12 +41,15 @@ class _Side(NamedTuple):
   free: Any
 
 
-def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers, found):
+def fetch(
+  inputs, c, walk, wait, interpret, sources, buffers, barriers, found, pace
+):
   """Copies query rows and live pages into shared memory, ahead of use.
 
   wait: called before anything is read that an earlier kernel may write;
   found(split): called by one warp, with that of the last stretch, see
-  hopper_decode.py.
+  hopper_decode.py;
+  pace: how many tiles are in flight.
   """
   q_ref, k_ref, v_ref, layer_ref, k_table, *v_table = sources
   q_smem, k_smem, v_smem = buffers
@@ -63,13 +67,14 @@ def fetch(inputs, c, walk, wait, interpret, sources, buffers, barriers, found):
       k=_Side(k_ref, k_smem, k_full, k_free),
       v=_Side(v_ref, v_smem, v_full, v_free),
       warps=warps,
+      pace=pace,
     )
 
     # One without copies would be overtaken by the barriers that it waits for.
     @pl.when(warps[0] < c.copies)
     def _():
-      tiles, stretches, split = walk(fetching.begin, fetching.stretch)
-      fetching.end(tiles, stretches)
+      *counts, split, state = walk(fetching.begin, fetching.stretch)
+      fetching.end(*counts, state[-1])
       fetching.first_warp(lambda: found(split))
 
   backend.each_warp(by, interpret)
@@ -89,12 +94,13 @@ class _Fetch:
   k: _Side
   v: _Side
   warps: list[Any]
+  pace: hopper_pace.Pace
 
   def begin(self, b, position, segment, high, positions):
     """Asks L2 for the first tiles of a share, and waits for earlier kernels.
 
     Returns:
-      The page ids of the first tile, and the layer.
+      The page ids of the first tile, the layer, and the pace's state.
     """
     c = self.config
     layer = self.layer[0]  # may be an old one: a hint only, read again below
@@ -113,11 +119,11 @@ class _Fetch:
 
         self._each(ids, ask)
     self.wait()
-    return tiles[0], self.layer[0]
+    return tiles[0], self.layer[0], self.pace.start()
 
   def stretch(self, at, carry):
     """Copies a stretch; its first page ids are given, the next's returned."""
-    pages, layer = carry
+    pages, layer, state = carry
     c = self.config
     bundle = lax.div(at.segment, jnp.int32(c.row_blocks))
     block = lax.rem(at.segment, jnp.int32(c.row_blocks))
@@ -125,21 +131,32 @@ class _Fetch:
     high = jnp.minimum(at.sequence[hopper_plan.HIGH], at.end)
     self.first_warp(lambda: self._copy_queries(at, bundle, block))
     one = functools.partial(self._tile, at, layer, bundle, low, high)
-    pages, _ = lax.fori_loop(0, at.tiles, one, (pages, self._ids(at, 1)))
-    return pages, layer
+    start = pages, self._ids(at, 1), state
+    pages, _, state = lax.fori_loop(0, at.tiles, one, start)
+    return pages, layer, state
 
-  def end(self, tiles, stretches):
+  def end(self, tiles, stretches, state):
     """Sees every phase of the barriers it has waited for, the last ones too."""
     c = self.config
-
-    def see(free, count, uses):
-      for i in range(count):
-        backend.wait_if(uses > i, free.at[i])
-
     *_, q_free = self.query
-    self.first_warp(lambda: see(q_free, c.query_slots, stretches))
+
+    def see():
+      for i in range(c.query_slots):
+        backend.wait_if(stretches > i, q_free.at[i])
+
+    self.first_warp(see)
     for side in (self.k, self.v):
-      see(side.free, c.stages, tiles)
+      self._wait(side, state.free, tiles)
+
+  def _wait(self, side, first, end):
+    """Waits until the slots of tiles first .. end - 1 are free again."""
+
+    stages = jnp.int32(self.config.stages)
+
+    def one(tile, _):
+      mosaic.barrier_wait(side.free.at[lax.rem(tile, stages)])
+
+    lax.fori_loop(first, end, one, None)
 
   def first_warp(self, do):
     """Calls do() in one of all fetching warps."""
@@ -164,16 +181,17 @@ class _Fetch:
         )
 
   def _tile(self, at, layer, bundle, low, high, i, carry):
-    """Copies the stretch's i-th tile; carry: page ids of it and the next."""
+    """Copies the stretch's i-th tile; carry: its page ids, the next's."""
     c, step = self.config, self.config.step
-    pages, following = carry
+    pages, following, state = carry
     then = self._ids(at, i + 2)
     position, number = at.begin + i * c.tokens, at.done + i
     slot = lax.rem(number, jnp.int32(c.stages))
     # Row blocks of a bundle read the same pages.
     once = None if c.row_blocks > 1 else jnp.array(True)
+    paced = self.pace.next(state, number, self.warps[0] == 0)
     for side, ids in self._sides(pages):
-      backend.wait_if(number >= c.stages, side.free.at[slot])
+      self._wait(side, state.free, paced.free)
 
       def copy(j, page, side=side):
         first = position + j * step
@@ -187,7 +205,7 @@ class _Fetch:
         )
 
       self._each(ids, copy)
-    return following, then
+    return following, then, paced
 
   def _ids(self, at, i):
     """Page ids of a stretch's i-th tile; past its end, of the next's first."""

@@ -71,7 +71,7 @@ class Warpgroup:
     def begin(*_):
       return self._start() if c.folds else ()
 
-    *_, split = walk(begin, self._stretch, ahead=ahead)
+    *_, split, _ = walk(begin, self._stretch, ahead=ahead)
     return split
 
   def _stretch(self, at, before):

@@ -29,7 +29,8 @@ _SMEM_BYTES = 227 * 1024  # what a CTA may take on sm_90
 _RESERVED = 4096  # barriers, what the driver takes
 _SMS = 132  # H100; a guess is enough for the rule
 _SM_BYTES = 23e3  # of K and V that an SM gets in a us when all are busy
-_IN_FLIGHT = 64 * 1024  # bytes of K and V that an SM waits for; more is slower
+_IN_FLIGHT = 64 * 1024  # bytes of K and V that an SM waits for, at least
+_PACED = 16  # tiles of a share; in fewer nobody gets far ahead
 _COPIES_AHEAD = 64  # of K, that L2 is asked for at first
 _BYTES_AHEAD = 256 * 1024  # of K and V, likewise
 PART_AHEAD = 16  # that part of a CTA's share, likewise
@@ -50,7 +51,8 @@ class Config:
   """Static shape of the decode kernel for one geometry."""
 
   tile: int  # rows of K (tokens times bundle heads) a step
-  stages: int  # tiles of K and of V in flight
+  stages: int  # tiles of K and of V in flight, at most
+  least: int  # likewise, of a CTA that is ahead of others (hopper_pace.py)
   ahead: int  # tiles that L2 is asked for at first, at most
   kb: int  # kv heads a bundle
   heads: int  # query heads a bundle, kb * G
@@ -84,6 +86,11 @@ class Config:
   def warpgroup_rows(self) -> int:
     """Rows that a warpgroup computes with; some may be padding."""
     return 32 if self.packed else 64
+
+  @property
+  def paced(self) -> bool:
+    """Whether CTAs are kept abreast of each other, see hopper_pace.py."""
+    return self.least < self.stages
 
   @property
   def query_copies(self) -> int:
@@ -152,7 +159,7 @@ def choose(
   if G > 128:
     raise NotImplementedError(f"G={G} query heads a kv head: more than 128")
   B = _INVARIANT_B if batch_invariant else num_sequences
-  positions = None if batch_invariant else B * max_pages * p
+  positions = None if batch_invariant else B * _longest(g, max_pages)
   given = measured(g, B) if overrides is None else overrides
   consumers = 2 if _token_rows(G) * Q > 64 and H <= 128 else 1
   tile, kb, step = _tile(g, B, positions, consumers, given)
@@ -167,6 +174,7 @@ def choose(
   config = Config(
     tile=tile,
     stages=2,
+    least=2,
     ahead=1,
     kb=kb,
     heads=kb * G,
@@ -193,11 +201,8 @@ def _tile(g, B, positions, consumers, given):
   positions: of all sequences, at most; None: unknown.
   """
   K, H, p = g.num_kv_heads, g.head_dim, g.page_size
-  # Large pages: a tile is a part of one head's page, and short ones are many.
-  # Large bundles: a short one would be fewer than 32 tokens; pages of one token
-  # take so many copies that it gains all the same.
-  short = H == 128 and p < 64 and (p == 1 or _bundle(g, 64, B) < 4)
-  short |= H > 128 or consumers == 2
+  # 64 rows of K and V are 32 KiB then: finer steps keep CTAs abreast.
+  short = H >= 128 or consumers == 2
   if positions is not None and K * positions <= _SMS * 128:
     short = True  # longer ones would never be full
   tile = given.get("tile", 64 if short else 128)
@@ -220,14 +225,18 @@ def _with_depth(config, H, positions, given):
   """Returns the config with what is in flight, and asked of L2 at first."""
   room = _SMEM_BYTES // config.ctas_per_sm - _RESERVED - fixed_bytes(config, H)
   stage = 2 * config.tile * H * 2  # bytes
-  stages = given.get("stages", max(_IN_FLIGHT // stage, 2))
+  least = given.get("least", max(_IN_FLIGHT // stage, 2))
   ahead = min(_COPIES_AHEAD // config.copies, _BYTES_AHEAD // stage)
+  paced = config.cut != WHOLE  # else who has a long segment would be behind
   if positions is not None:
     share = positions * config.segments / _SMS  # tokens, at most
     ahead = min(ahead, math.ceil(share / (PART_AHEAD * config.tokens)))
+    paced &= share >= _PACED * config.tokens
+  stages = min(given.get("stages", least + paced), room // stage)
   return dataclasses.replace(
     config,
-    stages=min(stages, room // stage),
+    stages=stages,
+    least=min(least, stages) if paced else stages,
     ahead=given.get("ahead", max(ahead, 1)),
   )
 
@@ -293,11 +302,16 @@ def _whole(g, segments, kb, max_pages):
   Only where the longest possible segment is short: what does not divide evenly
   must cost less than waiting for parts and adding them up.
   """
-  bound = max_pages * g.page_size
-  if g.window is not None:
-    bound = min(bound, g.window + g.page_size)
-  us = bound * kb * g.head_dim * 4 / _SM_BYTES
+  us = _longest(g, max_pages) * kb * g.head_dim * 4 / _SM_BYTES
   return us <= 12 and (-(-segments // _SMS) - segments / _SMS) * us <= _SPLIT_US
+
+
+def _longest(g, max_pages):
+  """Positions of a sequence that are read, at most."""
+  bound = max_pages * g.page_size
+  if g.window is None:
+    return bound
+  return min(bound, g.window + g.max_query_length - 1 + g.page_size)
 
 
 def _bundle(g, rows, num_sequences):

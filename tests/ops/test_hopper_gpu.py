@@ -32,8 +32,8 @@ def test_a_pool_of_more_than_2_to_31_elements():
 
 @pytest.mark.parametrize("number", [0, 2**32 - 1, 0x7FC0_7FC0, 1])
 def test_memory_that_holds_anything_before(number):
-  """Parts of segments and their flags lie in memory that nobody clears."""
-  made = data.problem(56, lengths=(3000, 95, 0, 700), N=32, K=8, H=128, p=16,
+  """Parts, flags and the count of tiles lie in memory that nobody clears."""
+  made = data.problem(56, lengths=(9000, 95, 0, 700), N=32, K=8, H=128, p=16,
                       dtype=jnp.bfloat16)
   for _ in range(5):
     filled = [jnp.full(2**k, number, jnp.uint32) for k in range(8, 27)]

@@ -50,7 +50,7 @@ from paged_jax.ops.backend.rows import (
   unpacked,
   zero_dead_rows,
 )
-from paged_jax.ops.backend.signals import flags, raise_flag, take_flags
+from paged_jax.ops.backend.signals import count, flags, raise_flag, take_flags
 from paged_jax.ops.backend.strided import (
   full_numbers,
   full_strided,
@@ -71,7 +71,7 @@ from paged_jax.ops.backend.triton import (
 )
 
 __all__ = [
-  "across", "blocked", "compute_capability", "compute_now", "copy_if",
+  "across", "blocked", "compute_capability", "compute_now", "copy_if", "count",
   "counter", "dot", "draw", "each_warp", "exp2", "finish_matmul_add", "flags",
   "full_numbers", "full_strided", "hidden", "in_registers", "load",
   "load_blocks", "load_numbers", "mask_columns", "matmul", "matmul_add", "meet",

@@ -107,6 +107,48 @@ def take_flags(
   return jnp.array(True)
 
 
+def count(ref: Any, now: Any, raises: Any, before: Any) -> Any:
+  """Raises a number in global memory by 1, and returns what it is about now.
+
+  For a warp, which does not wait for the number before it uses it.
+
+  Args:
+    ref: int32 [1], whatever it holds at first.
+    now: whether to look at it; `before` is returned otherwise.
+    raises: whether this is one of those that raise it, when they look.
+    before: int32 scalar.
+  """
+  scalar = mosaic.Layout.WG_SPLAT(())
+
+  @mosaic.inline_mgpu(
+    arg_types=(mosaic.RefType(), scalar, scalar, scalar),
+    return_type=mosaic.ShapeDtypeStruct((), jnp.int32, layout=scalar),
+  )
+  def look(ctx, ref, now, raises, before):
+    del ctx
+    number = llvm.inline_asm(
+      ir.IntegerType.get_signless(32),
+      [
+        mgpu_utils.memref_ptr(ref),
+        *(x.registers.item() for x in (now, raises, before)),
+      ],
+      "{ .reg .pred now, one, raises;"
+      " mov.b32 $0, $4;"
+      " setp.ne.s32 now, $2, 0;"
+      " setp.ne.and.s32 raises, $3, 0, now;"
+      " elect.sync _|one, -1;"
+      " and.pred raises, raises, one;"
+      " @raises red.relaxed.gpu.global.add.u32 [$1], 1;"
+      " @now ld.relaxed.gpu.global.u32 $0, [$1]; }",
+      "=&r,l,r,r,r",
+      has_side_effects=True,
+    )
+    return mgpu.FragmentedArray.splat(number, (), is_signed=True)
+
+  now, raises = (jnp.asarray(x).astype(jnp.int32) for x in (now, raises))
+  return look(ref, now, raises, before)
+
+
 def _thread():
   i32 = ir.IntegerType.get_signless(32)
   thread = launch.fresh(mgpu.thread_idx())
