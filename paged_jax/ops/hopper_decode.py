@@ -1,13 +1,14 @@
 """Paged decode on Hopper: a persistent, warp-specialised Pallas kernel.
 
 Each CTA walks its share of the line of pages (hopper_plan.py). One warpgroup
-fetches, one computes, or two that share the query rows when those are many:
+fetches, as far ahead as hopper_pace.py lets it, one computes, or two that share
+the query rows when those are many:
 
     producer                              consumer
     for each segment:                     for each segment:
       copy the query rows                   wait for the query rows
       for each tile:                        for each tile:
-        wait until the slot is free           wait K;  s = q k^T
+        wait until it may go on               wait K;  s = q k^T
         copy the live pages of K, then V      mask, online softmax
                                               wait V;  acc += p v
                                             write acc / l and log-sum-exp

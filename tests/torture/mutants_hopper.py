@@ -6,6 +6,7 @@ where one will do.
 
 _DECODE = "tests/ops/test_hopper.py::test_kernels[{}]"
 _PLAN = "tests/ops/test_hopper_plan.py::test_shares_cover_every_page_once"
+_PACE = "tests/ops/test_hopper_pace.py::test_{}"
 _PARTS = "tests/ops/test_hopper.py::test_segments_of_many_parts[16-lengths0]"
 _GROW = "tests/ops/test_hopper.py::test_logits_that_grow[1]"
 _INVARIANT = "tests/ops/test_hopper.py::test_batch_invariance[None]"
@@ -23,6 +24,25 @@ _ORDER = (
 
 # (file, expression, replacement, a test that must fail)
 MUTANTS = {
+  # Decode: what is in flight.
+  "tiles fill slots that are being read": (
+    "hopper_pace.py",
+    "tile + 1 - depth",
+    "tile - depth",
+    _PACE.format("one_speed_for_all_without_a_number"),
+  ),
+  "slots not waited for": (
+    "hopper_fetch.py",
+    "self._wait(side, state.free, paced.free)",
+    "self._wait(side, paced.free, paced.free)",
+    _DECODE.format("window"),
+  ),
+  "who is ahead has more in flight": (
+    "hopper_pace.py",
+    "own <= state.last",
+    "own > state.last",
+    _PACE.format("who_is_ahead_has_less_in_flight[0]"),
+  ),
   # Decode: masks.
   "keys before the window seen": (
     "hopper_softmax.py",
