@@ -73,8 +73,9 @@ def fetch(
     # One without copies would be overtaken by the barriers that it waits for.
     @pl.when(warps[0] < c.copies)
     def _():
-      *counts, split, state = walk(fetching.begin, fetching.stretch)
-      fetching.end(*counts, state[-1])
+      *counts, split, carry = walk(fetching.begin, fetching.stretch)
+      *_, paced = carry
+      fetching.end(*counts, paced)
       fetching.first_warp(lambda: found(split))
 
   backend.each_warp(by, interpret)
@@ -150,7 +151,6 @@ class _Fetch:
 
   def _wait(self, side, first, end):
     """Waits until the slots of tiles first .. end - 1 are free again."""
-
     stages = jnp.int32(self.config.stages)
 
     def one(tile, _):
@@ -181,7 +181,10 @@ class _Fetch:
         )
 
   def _tile(self, at, layer, bundle, low, high, i, carry):
-    """Copies the stretch's i-th tile; carry: its page ids, the next's."""
+    """Copies the stretch's i-th tile.
+
+    carry: its page ids, the next one's, the pace's state.
+    """
     c, step = self.config, self.config.step
     pages, following, state = carry
     then = self._ids(at, i + 2)

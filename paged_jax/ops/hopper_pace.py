@@ -4,13 +4,14 @@ Memory does not serve all multiprocessors alike, and the more is in flight, the
 less so. Those it favours are done early, and the others, when they are few, too
 few to keep it busy. So only a CTA that is not ahead has all it can in flight:
 
-    tiles of a CTA      0 1 | 2 3 | 4 5 | ...
-    it counts             ^     ^     ^
-    in flight         least | least if it is ahead, else all stages
+    tiles of a CTA      0 1 |  2 3   | 4 5 | 6 7 | ...
+    it counts             ^      ^       ^     ^
+    in flight         least | stages | least if it is ahead, else stages
 
 All count in one number in global memory, which nobody clears first: how far it
 has come since a CTA has counted first is what matters. A CTA is ahead if it has
-counted more often since then than all do on average. Nothing but time depends
+counted more often since then than all do on average (those without work, or
+done, are among them: next to them everyone is ahead). Nothing but time depends
 on it, so no result does.
 """
 

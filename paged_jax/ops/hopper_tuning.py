@@ -159,7 +159,7 @@ def choose(
   if G > 128:
     raise NotImplementedError(f"G={G} query heads a kv head: more than 128")
   B = _INVARIANT_B if batch_invariant else num_sequences
-  positions = None if batch_invariant else B * _longest(g, max_pages)
+  positions = None if batch_invariant else B * max_pages * p
   given = measured(g, B) if overrides is None else overrides
   consumers = 2 if _token_rows(G) * Q > 64 and H <= 128 else 1
   tile, kb, step = _tile(g, B, positions, consumers, given)
@@ -192,6 +192,8 @@ def choose(
     # Where registers hold two states.
     folds=cut == FIXED and H <= 128 and consumers == 1,
   )
+  if positions is not None:
+    positions = B * _longest(g, max_pages)
   return _with_depth(config, H, positions, given)
 
 
@@ -307,11 +309,12 @@ def _whole(g, segments, kb, max_pages):
 
 
 def _longest(g, max_pages):
-  """Positions of a sequence that are read, at most."""
-  bound = max_pages * g.page_size
-  if g.window is None:
-    return bound
-  return min(bound, g.window + g.max_query_length - 1 + g.page_size)
+  """Positions of a sequence that are read, in whole pages, at most."""
+  pages = max_pages
+  if g.window is not None:
+    seen = g.window + g.max_query_length - 1  # from anywhere in a page on
+    pages = min(pages, 1 + -(-(seen - 1) // g.page_size))
+  return pages * g.page_size
 
 
 def _bundle(g, rows, num_sequences):

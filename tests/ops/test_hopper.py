@@ -4,12 +4,13 @@ import dataclasses
 import functools
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import paged_jax
-from paged_jax.ops import hopper, hopper_tuning
+from paged_jax.ops import hopper, hopper_pace, hopper_tuning
 from paged_jax.ops.plan import Geometry
 from tests.conformance import data
 
@@ -168,6 +169,26 @@ def test_logits_that_grow(query_tokens):
   k = np.array(made.k_pages.astype(jnp.float32))
   k[pages, :, positions % p] *= (7 * positions / length)[:, None, None]
   made = made.replace(k_pages=jnp.asarray(k, jnp.bfloat16))
+  data.assert_right(made, *data.call(made, "hopper"))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("alternating", [False, True])
+def test_slots_are_used_again(monkeypatch, alternating):
+  """Many tiles a CTA, as many in flight as there are stages, or now fewer."""
+  monkeypatch.setattr(hopper, "_INTERPRETED_CTAS", 1)
+  monkeypatch.setattr(
+    hopper_tuning, "measured", lambda *_: dict(tile=64, stages=3)
+  )
+
+  def next_(self, state, tile, counts):
+    depth = jnp.where(lax.rem(tile, jnp.int32(4)) < 2, 1, self.config.stages)
+    return state._replace(free=jnp.maximum(state.free, tile + 1 - depth))
+
+  if alternating:
+    monkeypatch.setattr(hopper_pace.Pace, "next", next_)
+  made = data.problem(64, lengths=(330, 70), N=4, K=1, H=64, p=32,
+                      dtype=jnp.bfloat16)
   data.assert_right(made, *data.call(made, "hopper"))
 
 

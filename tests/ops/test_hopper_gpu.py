@@ -35,11 +35,16 @@ def test_memory_that_holds_anything_before(number):
   """Parts, flags and the count of tiles lie in memory that nobody clears."""
   made = data.problem(56, lengths=(9000, 95, 0, 700), N=32, K=8, H=128, p=16,
                       dtype=jnp.bfloat16)
+  plan = paged_jax.plan_attention(
+    made.page_table, made.lengths, num_heads=32, num_kv_heads=8, head_dim=128,
+    page_size=16, dtype=jnp.bfloat16, implementation="hopper",
+  )
+  assert plan.work.config.paced
   for _ in range(5):
     filled = [jnp.full(2**k, number, jnp.uint32) for k in range(8, 27)]
     jax.block_until_ready(filled)
     del filled
-    data.assert_right(made, *data.call(made, "hopper"))
+    data.assert_right(made, *data.call(made, "hopper", plan=plan))
 
 
 @pytest.mark.parametrize("H, N, K", [(128, 32, 8), (64, 14, 2), (256, 16, 8)])

@@ -22,17 +22,31 @@ def test_long_shares_are_paced():
 
 
 @pytest.mark.parametrize(
-  "changes, batch, pages",
+  "changes, batch, cut",
   [
-    ({}, 1, 512),  # 8 tiles a CTA
-    (dict(window=128), 64, 512),  # whole segments
-    (dict(head_dim=256), 64, 512),  # no room for another tile
+    ({}, 1, hopper_tuning.EQUAL),  # 8 tiles a CTA
+    (dict(window=128), 64, hopper_tuning.EQUAL),  # likewise
+    (dict(window=64), 256, hopper_tuning.WHOLE),
+    (dict(head_dim=256), 64, hopper_tuning.EQUAL),  # no room for another tile
   ],
 )
-def test_others_are_not(changes, batch, pages):
+def test_others_are_not(changes, batch, cut):
   geometry = dataclasses.replace(GEOMETRY, **changes)
-  config = hopper_tuning.choose(geometry, batch, pages)
+  config = hopper_tuning.choose(geometry, batch, 512)
+  assert config.cut == cut
   assert config.least == config.stages == 2
+
+
+@pytest.mark.parametrize("window", [1, 16, 17, 128, 130])
+@pytest.mark.parametrize("p, Q", [(16, 1), (16, 4), (64, 4), (1, 8)])
+def test_no_window_covers_more_pages_than_the_bound(window, p, Q):
+  geometry = dataclasses.replace(
+    GEOMETRY, window=window, page_size=p, max_query_length=Q
+  )
+  most = max(
+    (first + window + Q - 2) // p - first // p + 1 for first in range(p)
+  )
+  assert hopper_tuning._longest(geometry, 512) == most * p
 
 
 @pytest.mark.parametrize("number", [0, 2**31 - 40, -12])

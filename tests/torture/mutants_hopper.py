@@ -35,7 +35,13 @@ MUTANTS = {
     "hopper_fetch.py",
     "self._wait(side, state.free, paced.free)",
     "self._wait(side, paced.free, paced.free)",
-    _DECODE.format("window"),
+    "tests/ops/test_hopper.py::test_slots_are_used_again[False]",
+  ),
+  "whole segments paced": (
+    "hopper_tuning.py",
+    "paced = config.cut != WHOLE ",
+    "paced = config.cut != None ",
+    _PACE.format("others_are_not[changes2-256-whole]"),
   ),
   "who is ahead has more in flight": (
     "hopper_pace.py",

@@ -1,8 +1,9 @@
-"""Flags in global memory, by which a CTA learns what another one has written.
+"""Flags and counts in global memory, by which CTAs learn of each other.
 
-Nobody clears them first: memory that a kernel is given holds what was there
-before. So a raised flag is a number of 64 bits that nothing else is, and who
-waits for a flag lowers it, so that none stands when a kernel ends.
+A flag says what another one has written. Nobody clears them first: memory that
+a kernel is given holds what was there before. So a raised flag is a number of
+64 bits that nothing else is, and who waits for a flag lowers it, so that none
+stands when a kernel ends.
 """
 
 from typing import Any
@@ -110,7 +111,7 @@ def take_flags(
 def count(ref: Any, now: Any, raises: Any, before: Any) -> Any:
   """Raises a number in global memory by 1, and returns what it is about now.
 
-  For a warp, which does not wait for the number before it uses it.
+  For a warp; the load is not waited for here.
 
   Args:
     ref: int32 [1], whatever it holds at first.
