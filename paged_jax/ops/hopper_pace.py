@@ -31,7 +31,7 @@ class State(NamedTuple):
   """Int32 scalars of a fetching warp, all 0 at first."""
 
   free: Any  # tiles, the first ones, whose slots it has seen free again
-  first: Any  # the number, when it was looked at first
+  first: Any  # the number of all, when it was looked at first
   last: Any  # likewise, last
 
 
@@ -44,6 +44,7 @@ class Pace:
   num_ctas: int
 
   def start(self) -> State:
+    """Returns a warp's state before the first tile."""
     return State(*[jnp.int32(0)] * len(State._fields))
 
   def next(self, state: State, tile: Any, counts: Any) -> State:
@@ -64,7 +65,7 @@ class Pace:
       behind = (times > 0) & (own <= state.last - state.first)
       depth = jnp.where(behind, c.stages, c.least)
       now = lax.rem(tile, jnp.int32(EVERY)) == EVERY - 1
-      # Used for the next tile, when it will be there.
+      # What it says is for the next tile on.
       last = backend.count(self.counter, now, counts, state.last)
       first = jnp.where(times == 0, last, state.first)
       state = State(state.free, first, last)

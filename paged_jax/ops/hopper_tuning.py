@@ -203,7 +203,7 @@ def _tile(g, B, positions, consumers, given):
   positions: of all sequences, at most; None: unknown.
   """
   K, H, p = g.num_kv_heads, g.head_dim, g.page_size
-  # 64 rows of K and V are 32 KiB then: finer steps keep CTAs abreast.
+  # 64 rows of K and V are 32 KiB at H 128, two or three of which are in flight.
   short = H >= 128 or consumers == 2
   if positions is not None and K * positions <= _SMS * 128:
     short = True  # longer ones would never be full

@@ -3,7 +3,8 @@
 A flag says what another one has written. Nobody clears them first: memory that
 a kernel is given holds what was there before. So a raised flag is a number of
 64 bits that nothing else is, and who waits for a flag lowers it, so that none
-stands when a kernel ends.
+stands when a kernel ends. A count may begin anywhere: its differences matter.
+(One that has to begin at 0 is `launch.counter`.)
 """
 
 from typing import Any
@@ -111,7 +112,7 @@ def take_flags(
 def count(ref: Any, now: Any, raises: Any, before: Any) -> Any:
   """Raises a number in global memory by 1, and returns what it is about now.
 
-  For a warp; the load is not waited for here.
+  For a warp.
 
   Args:
     ref: int32 [1], whatever it holds at first.
